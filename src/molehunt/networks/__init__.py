@@ -1,0 +1,28 @@
+"""Networks that a game allows, and how any network is taken apart.
+
+`build` makes a network by name, `NETWORKS` lists the names. `anatomy`, `capture`, `features`, `tail` and
+`fold_batch_norm` take a model apart by module path, so that a defense needs no code per architecture.
+"""
+
+from molehunt.networks.anatomy import Anatomy, anatomy, capture, features, tail
+from molehunt.networks.architectures import NETWORKS, build
+from molehunt.networks.folding import fold_batch_norm
+from molehunt.networks.network import Dropout, Network, Normalize, Whitening, dropout_rng
+from molehunt.networks.precision import fast_dtype
+
+__all__ = [
+    "NETWORKS",
+    "Anatomy",
+    "Dropout",
+    "Network",
+    "Normalize",
+    "Whitening",
+    "anatomy",
+    "build",
+    "capture",
+    "dropout_rng",
+    "fast_dtype",
+    "features",
+    "fold_batch_norm",
+    "tail",
+]
