@@ -159,6 +159,8 @@ def _last_block(finished: list[tuple[str, nn.Module, torch.Size]]) -> str:
     last = conv[-1]
     path, _, shape = finished[last]
     for later, module, size in finished[last + 1 :]:
+        if isinstance(module, nn.Identity):
+            continue
         if size != shape or not any(word in type(module).__name__.lower() for word in _FINISH):
             break
         path = later
