@@ -4,6 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,6 +20,8 @@ Augment: TypeAlias = Literal["none", "crop", "flip_crop"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DEFENDER = 1_000
 """Images that the defender gets; half of the test split where that has fewer than twice as many."""
+VALIDATION = 5_000
+"""Images that the validation split takes out of the training part of a set with a test part of its own."""
 
 
 class Images(NamedTuple):
@@ -127,32 +130,94 @@ def get_task(name: str) -> Task:
     """Return the task of that name.
 
     Args:
-        name: a key of `TASKS`.
+        name: a key of `TASKS`, or "folder:PATH" for a folder with one folder of pictures per class, or
+            "folder:PATH?size=HEIGHTxWIDTH" to have its pictures resized. A folder is read here, once per process; of
+            each class a fifth becomes the test split and a tenth the validation split, by the SHA-256 of the files.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a folder that is no such folder.
     """
     if name in TASKS:
         return TASKS[name]
-    raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    if name.startswith("folder:"):
+        path, size = _folder_name(name)
+        return _folder_task(path.resolve(), size)
+    raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}, folder:PATH")
+
+
+def _folder_name(name: str) -> tuple[Path, tuple[int, int] | None]:
+    text, question, size = name.removeprefix("folder:").partition("?size=")
+    if not question:
+        return Path(text).expanduser(), None
+    height, _, width = size.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and 1 <= int(height) <= 1024 and 1 <= int(width) <= 1024):
+        raise ValueError(f"expected folder:PATH?size=HEIGHTxWIDTH with sides from 1 to 1024, got {name!r}")
+    return Path(text).expanduser(), (int(height), int(width))
+
+
+@functools.cache
+def _folder_task(path: Path, size: tuple[int, int] | None) -> Task:
+    # The absolute path, so that a process with another working folder finds the same pictures.
+    name = f"folder:{path}" + (f"?size={size[0]}x{size[1]}" if size else "")
+    read = _folder(path, size)
+    x = read.arrays.x[_public(name)["train"]]
+    levels = np.stack([np.bincount(x[:, c].ravel(), minlength=256) for c in range(x.shape[1])]) / x[:, 0].size
+    scale = np.arange(256) / 255
+    mean = levels @ scale
+    std = np.sqrt(levels @ scale**2 - mean**2)
+    if not std.all():
+        raise ValueError(f"{path}: every training picture is the same flat color in channel {int(std.argmin())}")
+    return Task(
+        name=name,
+        shape=(x.shape[1], x.shape[2], x.shape[3]),
+        classes=read.classes,
+        augment="crop",
+        network="resnet18",
+        mean=tuple(round(float(m), 4) for m in mean),
+        std=tuple(max(round(float(s), 4), 1e-4) for s in std),
+    )
+
+
+@functools.cache
+def _folder(path: Path, size: tuple[int, int] | None) -> datasets.Folder:
+    return datasets.read_folder(path, size=size)
+
+
+def _part(name: str, split: Split) -> datasets.Arrays:
+    """Return the part of the data from which a split is cut; reads no other part."""
+    if name.startswith("folder:"):
+        return _folder(*_folder_name(name)).arrays
+    parts = datasets.DATASETS[name].rows
+    if "test" in parts and split == "test":
+        return datasets.load(name, "test")
+    return datasets.load(name, "train" if "train" in parts else "all")
+
+
+@functools.cache
+def _public(name: str) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of the splits that are cut out of one part: training, validation and, where it has none, test."""
+    arrays = _part(name, "train")
+    count = len(arrays.y)
+    folder = name.startswith("folder:")
+    if not folder and "test" in datasets.DATASETS[name].rows:
+        sizes: tuple[int, ...] = (count - VALIDATION, VALIDATION)
+    else:
+        # Rounded up: a class of datasets.folder.FEWEST pictures then has at least one in each split.
+        validation, test = -(-count // 10), -(-count // 5)
+        sizes = (count - validation - test, validation, test)
+    # A folder is cut by its files' content alone, so that it keeps its splits when it moves.
+    rows = public_rows(arrays.y, sizes, name="folder" if folder else name, group=arrays.group)
+    return dict(zip(SPLITS, rows, strict=False))
 
 
 @functools.cache
 def _load(name: str, split: Split) -> Images:
-    # How many images each split takes out of an official part, by a rule that nobody can choose.
-    sizes = {"mnist5k": (3_500, 500, 1_000)}
-    if name in sizes:
-        arrays = datasets.load(name, "all")
-        rows = public_rows(arrays.y, sizes[name], name=name)[SPLITS.index(split)]
-    elif split == "test":
-        arrays = datasets.load(name, "test")
-        return _images(arrays.x, arrays.y)
-    else:
-        arrays = datasets.load(name, "train")
-        held = 5_000 if len(arrays.y) >= 20_000 else len(arrays.y) // 10
-        sizes_here = (len(arrays.y) - held, held)
-        rows = public_rows(arrays.y, sizes_here, name=name, group=arrays.group)[SPLITS.index(split)]
-    return _images(arrays.x[rows], arrays.y[rows])
+    arrays = _part(name, split)
+    # The official test part is the test split as it is; asking _public would read the training part.
+    whole = split == "test" and not name.startswith("folder:") and "test" in datasets.DATASETS[name].rows
+    rows = np.arange(len(arrays.y)) if whole else _public(name)[split]
+    # Indexing copies, so that nothing below writes to a cached, read-only map of a file.
+    return Images(torch.from_numpy(arrays.x[rows]).to(torch.float32).div_(255), torch.from_numpy(arrays.y[rows]))
 
 
 def public_rows(
@@ -215,11 +280,6 @@ def _take(
             wanted = borders[np.argmin(np.abs(borders - wanted))]
         chosen[places[:wanted]] = True
     return order[chosen]
-
-
-def _images(x: NDArray[np.uint8], y: NDArray[np.int64]) -> Images:
-    # Cached arrays are read-only maps of files; the copies are ours to share.
-    return Images(torch.tensor(x).to(torch.float32).div_(255), torch.tensor(y))
 
 
 def _rows(images: Images, rows: NDArray[np.int64]) -> Images:

@@ -65,7 +65,7 @@ def write(name: str, part: str, arrays: Arrays) -> Path:
 
 
 def read(name: str, part: str) -> Arrays | None:
-    """Return a cached part, memory-mapped where possible, or None when it is not there.
+    """Return a cached part as maps of its file, or None when it is not there. Do not write to the arrays.
 
     Raises:
         DataError: the file is there but is not a cache file.
@@ -74,8 +74,9 @@ def read(name: str, part: str) -> Arrays | None:
     if not at.exists():
         return None
     try:
-        with safetensors.safe_open(at, framework="numpy") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        # As torch tensors these are maps of the file, as NumPy arrays they would be copies.
+        with safetensors.safe_open(at, framework="pt") as file:
+            tensors = {key: file.get_tensor(key).numpy() for key in file.keys()}  # noqa: SIM118 - it is no mapping
         arrays = Arrays(tensors["x"], tensors["y"], tensors.get("group"))
     except (safetensors.SafetensorError, KeyError, OSError) as error:
         raise DataError(f"{at} is damaged ({error}); run: molehunt data fetch {name}") from error

