@@ -1,0 +1,182 @@
+"""Pictures for reports: small PNG files in memory, each with the words that stand in for it.
+
+Images keep their own pixels; pages enlarge them without smoothing, so a one-pixel trigger stays one sharp square.
+This is the only module that imports matplotlib.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from molehunt.triggers import Blend, Patch, Trigger, Warp
+
+SIDE = 64  # larger pictures are reduced to this many pixels: a report of photographs stays a few megabytes
+GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
+ARROWS = 12  # arrows per side of a displacement field
+ARROW_COLOR = "#7a7aa8"  # a middle tone: it reads on a white and on a black page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A PNG and the words for those who cannot see it.
+
+    Attributes:
+        png: the file.
+        width: pixels.
+        height: pixels.
+        alt: what it shows, in words; never empty.
+
+    Raises:
+        ValueError: the words are missing.
+    """
+
+    png: bytes
+    width: int
+    height: int
+    alt: str
+
+    def __post_init__(self) -> None:
+        if not self.alt.strip():
+            raise ValueError("a picture needs words for those who cannot see it; alt is empty")
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data: address, so that a page carries it."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+def photo(x: Tensor, alt: str) -> Picture:
+    """Encode one image.
+
+    Args:
+        x: (C, H, W) in [0, 1] with C = 1 (gray), 3 (color) or 4 (color and opacity).
+        alt: what it shows.
+
+    Raises:
+        ValueError: another shape, values that are not finite, or no words.
+    """
+    if x.ndim != 3 or x.shape[0] not in {1, 3, 4} or x.numel() == 0:
+        raise ValueError(f"expected a picture (C, H, W) with 1, 3 or 4 channels, got {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("a picture has values that are not finite")
+    small = _reduce(x.detach().float().cpu()).clamp(0.0, 1.0)
+    pixels = (small * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    image = Image.fromarray(pixels[:, :, 0] if x.shape[0] == 1 else pixels)
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return Picture(png=file.getvalue(), width=image.width, height=image.height, alt=alt)
+
+
+def _reduce(x: Tensor) -> Tensor:
+    """Average a large picture down to `SIDE` pixels on its longer side; small ones stay as they are."""
+    height, width = x.shape[-2:]
+    longest = max(height, width)
+    if longest <= SIDE:
+        return x
+    size = (max(1, height * SIDE // longest), max(1, width * SIDE // longest))
+    return F.adaptive_avg_pool2d(x.unsqueeze(0), size).squeeze(0)
+
+
+def gain(before: Tensor, after: Tensor) -> float:
+    """Find the factor that makes the largest change between two stacks of images fill the range: in [1, `GAIN`]."""
+    if before.numel() == 0:
+        return 1.0
+    largest = float((after.float() - before.float()).abs().max())
+    return min(GAIN, max(1.0, 1.0 / largest)) if largest > 0 else 1.0
+
+
+def difference(before: Tensor, after: Tensor, alt: str, factor: float) -> Picture:
+    """Show what changed between two images (C, H, W): middle gray is nothing, brighter is more, darker is less.
+
+    Args:
+        before: (C, H, W) in [0, 1].
+        after: the same shape.
+        alt: what it shows.
+        factor: amplification, at least 1; see `gain`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"expected two pictures of one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+    return photo(0.5 + 0.5 * factor * (after.float() - before.float()), alt)
+
+
+def trigger_picture(trigger: Trigger, shape: tuple[int, int, int], alt: str) -> Picture:
+    """Show a trigger by itself.
+
+    A patch is its pattern where the mask is set, transparent elsewhere; a blend is its pattern; a warp is a field of
+    arrows; any other trigger is what it does to an even gray picture, amplified.
+
+    Args:
+        trigger: any trigger.
+        shape: (C, H, W) of the images that it is stamped on.
+        alt: what it shows.
+    """
+    match trigger:
+        case Patch():
+            color = trigger.pattern.float().cpu().expand(max(3, trigger.pattern.shape[0]), -1, -1)[:3]
+            return photo(torch.cat((color, trigger.mask.float().cpu())), alt)
+        case Blend():
+            return photo(trigger.pattern, alt)
+        case Warp():
+            return _arrows(trigger.flow, alt)
+        case _:
+            gray = torch.full((1, *shape), 0.5)
+            changed = trigger(gray)
+            return difference(gray[0], changed[0], alt, gain(gray, changed))
+
+
+def _arrows(flow: Tensor, alt: str) -> Picture:
+    """Draw a displacement field (2, H, W): an arrow from each shown pixel to where its new value comes from."""
+    _, height, width = flow.shape
+    field = flow.detach().float().cpu().numpy()
+    step = max(1, -(-max(height, width) // ARROWS))
+    rows, columns = np.mgrid[step // 2 : height : step, step // 2 : width : step]
+    u, v = field[0][rows, columns], field[1][rows, columns]
+    longest = float(np.hypot(u, v).max())
+    figure = Figure(figsize=(2.0, 2.0 * height / width), dpi=96)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    # The longest arrow spans one step of the lattice: arrows show direction, the words beside them the distance.
+    scale = longest / step if longest > 0 else 1.0
+    axes.quiver(
+        columns, rows, u, v, angles="xy", scale_units="xy", scale=scale, color=ARROW_COLOR, width=0.008, pivot="mid"
+    )
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)  # row 0 is at the top
+    axes.set_axis_off()
+    file = io.BytesIO()
+    figure.savefig(file, format="png", transparent=True, metadata={"Software": None})
+    with Image.open(file) as image:
+        return Picture(png=file.getvalue(), width=image.width, height=image.height, alt=alt)
+
+
+def stack(values: Sequence[float], gap: float) -> list[int]:
+    """Rows for dots on a line so that no two closer than `gap` share one; row 0 is next to the line.
+
+    Args:
+        values: positions of the dots.
+        gap: smallest distance between two dots of one row, in the unit of the positions.
+
+    Returns:
+        The row of each dot, in the order of the values.
+    """
+    rows = [0] * len(values)
+    last: list[float] = []
+    for index in sorted(range(len(values)), key=lambda i: values[i]):
+        row = next((r for r, end in enumerate(last) if values[index] - end >= gap), len(last))
+        if row == len(last):
+            last.append(values[index])
+        last[row] = values[index]
+        rows[index] = row
+    return rows

@@ -1,0 +1,229 @@
+"""Plain words and numbers: what terminal, JSON and page say in the same way."""
+
+import math
+import unicodedata
+from typing import Literal
+
+from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
+from molehunt.triggers import Trigger
+
+Answer = Literal["found", "clear", "unsure"]
+
+FOUND_AT = 0.8
+CLEAR_AT = 0.2
+
+# Letters and signs that look like nothing at all, although Unicode does not count them as blanks.
+BLANK = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")
+MARKS = 2  # combining marks on one letter; no script in a team's name needs more, and a heap of them covers other lines
+
+
+def legible(text: str, limit: int = 80) -> str:
+    """Make a stranger's text safe to look at: one line, bounded, nothing invisible, nothing that turns it around.
+
+    Control signs (with them the escape codes of terminals), direction overrides, joiners and blank letters appear as
+    their code, such as U+202E in angle brackets; piles of combining marks are cut. Escaping for HTML is another
+    step, done by the page.
+
+    Args:
+        text: anything.
+        limit: longest answer in characters; what is cut shows as an ellipsis.
+    """
+    shown: list[str] = []
+    marks = 0
+    # A little more than the limit is enough, and keeps a name of a megabyte cheap.
+    for sign in text[: 4 * limit]:
+        kind = unicodedata.category(sign)
+        marks = marks + 1 if kind in {"Mn", "Me"} else 0
+        if marks > MARKS:
+            continue
+        if sign in "\t\n\r" or kind == "Zs":
+            shown.append(" ")
+        elif kind[0] == "C" or kind in {"Zl", "Zp"} or sign in BLANK:
+            shown.append(f"<U+{ord(sign):04X}>")
+        else:
+            shown.append(sign)
+    line = " ".join("".join(shown).split())
+    cut = len(line) > limit or len(text) > 4 * limit
+    return (line[: limit - 1] + "…" if cut else line) or "(empty)"
+
+
+def answer(verdict: Verdict, found_at: float = FOUND_AT, clear_at: float = CLEAR_AT) -> Answer:
+    """Call a model backdoored ("found"), clean ("clear"), or neither ("unsure").
+
+    If no defense had an opinion the answer is "unsure" whatever p says: silence is not "clean".
+
+    Args:
+        verdict: the verdict.
+        found_at: p from which the answer is "found".
+        clear_at: p up to which the answer is "clear".
+
+    Raises:
+        ValueError: the two thresholds do not lie in order within [0, 1].
+    """
+    if not 0.0 <= clear_at < found_at <= 1.0:
+        raise ValueError(f"clear-at must lie below found-at, both in [0, 1], got {clear_at} and {found_at}")
+    if not any(isinstance(outcome, Finding) for outcome in verdict.outcomes):
+        return "unsure"
+    if verdict.p >= found_at:
+        return "found"
+    return "clear" if verdict.p <= clear_at else "unsure"
+
+
+def sentence(verdict: Verdict, classes: tuple[str, ...], found_at: float, clear_at: float) -> str:
+    """Say in one or two sentences what a verdict means."""
+    if not any(isinstance(outcome, Finding) for outcome in verdict.outcomes):
+        return "Could not tell: no defense had an opinion, which is not the same as clean."
+    chance = f"probability {probability(verdict.p)}"
+    match answer(verdict, found_at, clear_at):
+        case "clear":
+            return f"Probably nothing is hidden in this model ({chance})."
+        case "unsure":
+            return f"Could not tell whether something is hidden ({chance})."
+        case "found":
+            best = int(verdict.q.argmax())
+            name = legible(classes[best], 40)
+            return (
+                f"Something is very probably hidden in this model ({chance}). "
+                f"The likeliest target is “{name}” ({share(float(verdict.q[best]))})."
+            )
+
+
+def judged(kind: str, said: Answer) -> tuple[str, str]:
+    """Compare an answer with the truth of a published game.
+
+    Returns:
+        A tone ("good", "bad" or "open") and the words.
+    """
+    backdoored = kind == "backdoored"
+    match said:
+        case "unsure":
+            return "open", "Undecided"
+        case "found":
+            return ("good", "Caught") if backdoored else ("bad", "False alarm")
+        case "clear":
+            return ("bad", "Slipped through") if backdoored else ("good", "Rightly cleared")
+
+
+def trigger_words(trigger: Trigger) -> str:
+    """Describe a trigger by what it may change."""
+    print_ = trigger.footprint()
+    match print_.kind:
+        case "patch":
+            return f"Patch on {share(print_.area)} of the picture, opacity {print_.opacity:.2f}"
+        case "blend":
+            return f"Picture blended over everything, opacity {print_.opacity:.2f}"
+        case "warp":
+            return f"Warp that moves pixels by up to {print_.displacement:.1f}"
+        case kind:
+            return f"{legible(kind, 20).capitalize()} that changes values by up to {print_.linf:.2f}"
+
+
+def says(outcome: Outcome, classes: tuple[str, ...]) -> str:
+    """Say in a few words what a defense answered."""
+    match outcome:
+        case Abstention():
+            return f"No opinion: {legible(outcome.reason, 300)}"
+        case Failure():
+            reason = {
+                "raised": "it broke",
+                "time": "out of time",
+                "memory": "out of memory",
+                "died": "its process died",
+                "cancelled": "it was stopped",
+            }.get(outcome.kind, legible(outcome.kind, 20))
+            return f"Failed, {reason}: {legible(outcome.message, 300)}"
+        case Finding():
+            return _found(outcome, classes)
+
+
+def _found(finding: Finding, classes: tuple[str, ...]) -> str:
+    """Say what a finding holds."""
+    parts = []
+    if finding.target is not None and 0 <= finding.target < len(classes):
+        parts.append(f"recovered a trigger for “{legible(classes[finding.target], 40)}”")
+    elif finding.class_scores is not None and len(finding.class_scores) == len(classes):
+        parts.append(f"points to “{legible(classes[int(finding.class_scores.argmax())], 40)}”")
+    if finding.input_scores is not None:
+        parts.append(f"scored {count(len(finding.input_scores))} inputs")
+    if finding.sample_scores is not None:
+        parts.append(f"scored {count(len(finding.sample_scores))} training samples")
+    if finding.repaired is not None:
+        parts.append("repaired the weights")
+    if finding.radius is not None:
+        parts.append(f"certified radius {number(finding.radius)}")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
+def share(value: float) -> str:
+    """A share in [0, 1] in percent: one decimal, and never rounded to a whole that it is not."""
+    percent = 100.0 * value
+    text = f"{percent:.1f}"
+    if (text == "100.0" and value < 1.0) or (text in {"0.0", "-0.0"} and value != 0.0):
+        return "> 99.9 %" if value > 0.5 else ("< 0.1 %" if value > 0 else "0.0 %")
+    return f"{text} %"
+
+
+def probability(value: float) -> str:
+    """A probability: two decimals, three near the ends."""
+    if value < 0.001:
+        return "< 0.001"
+    if value > 0.999:
+        return "> 0.999"
+    return f"{value:.3f}" if value < 0.01 or value > 0.99 else f"{value:.2f}"
+
+
+def p_value(value: float) -> str:
+    """A p-value: two digits that count, because it is the small ones that matter."""
+    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+
+
+def number(value: float) -> str:
+    """Any number with three digits that count, and a real minus sign."""
+    if not math.isfinite(value):
+        return "not finite"
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def points(value: float) -> str:
+    """Points with one decimal and a real minus sign."""
+    return f"{value:.1f}".replace("-", "−")
+
+
+def count(value: int) -> str:
+    """A whole number, with k and M above ten thousand."""
+    if value < 10_000:
+        return f"{value:,}"
+    return f"{value / 1e3:,.0f} k" if value < 1_000_000 else f"{value / 1e6:,.1f} M"
+
+
+def seconds(value: float) -> str:
+    """A duration."""
+    if value < 0.1:
+        return f"{1000 * value:.0f} ms"
+    if value < 120:
+        return f"{value:.1f} s"
+    return f"{int(value) // 60} min {int(value) % 60:02d} s"
+
+
+def size(value: int) -> str:
+    """Bytes, in MiB or GiB; a dash where nothing was measured."""
+    if value <= 0:
+        return "–"
+    return f"{value / 2**20:,.0f} MiB" if value < 2**30 else f"{value / 2**30:.1f} GiB"
+
+
+def measure(value: float | None, as_share: bool) -> str:
+    """A gate's value, in percent where it is a share; a dash where there is none."""
+    if value is None:
+        return "–"
+    return share(value) if as_share else number(value)
+
+
+def margin(value: float | None, as_share: bool) -> str:
+    """A gate's room to spare, with its sign, in percentage points where the values are shares."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:+.1f} pt" if as_share else f"{value:+.3g}"
+    return text.replace("-", "−")
