@@ -1,0 +1,322 @@
+"""The gates: what a submission has to show before it plays. Pure functions of predictions, one `Gate` each.
+
+The host and `check` call the same functions, on the hidden images and on the public validation split.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any, Literal
+
+import torch
+from scipy.stats import beta
+from torch import Tensor
+
+from molehunt.game.answers import Answers, accuracy, asr, share
+from molehunt.game.rules import Limits
+from molehunt.triggers import Footprint, Target, Trigger
+
+Unit = Literal["share", "pixels"]
+
+# Masks and patterns are float32: a square of exactly the allowed size must not fail by its last bit.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """One gate and how a submission fared at it.
+
+    Attributes:
+        name: what is measured.
+        passed: whether the submission passed.
+        measured: the measured value.
+        limit: the value that it has to reach, or not to exceed.
+        at_least: true if it has to reach the limit, false if it must not exceed it.
+        unit: "share" for values in [0, 1], "pixels" for lengths.
+        message: numbers behind the value and, where it failed, what to do.
+    """
+
+    name: str
+    passed: bool
+    measured: float
+    limit: float
+    at_least: bool
+    unit: Unit = "share"
+    message: str = ""
+
+    @property
+    def margin(self) -> float:
+        """Room to spare, in the unit of the value; negative if the gate was missed."""
+        return self.measured - self.limit if self.at_least else self.limit - self.measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceAccuracy:
+    """How well the host's clean reference models of one task and network do.
+
+    Attributes:
+        mean: of their clean accuracies.
+        spread: standard deviation between models; 0 for a single one.
+        models: how many there are.
+        images: on how many images each was measured.
+
+    Raises:
+        ValueError: no models, no images, or a mean outside [0, 1].
+    """
+
+    mean: float
+    spread: float
+    models: int
+    images: int
+
+    def __post_init__(self) -> None:
+        if self.models < 1 or self.images < 1 or not 0.0 <= self.mean <= 1.0 or not 0.0 <= self.spread <= 1.0:
+            raise ValueError(f"not the accuracy of reference models: {self}")
+
+    @classmethod
+    def of(cls, accuracies: Sequence[float], images: int) -> "ReferenceAccuracy":
+        """Summarize the accuracies of single models, each measured on so many images.
+
+        Raises:
+            ValueError: no models.
+        """
+        if not accuracies:
+            raise ValueError("there are no reference models; train some first")
+        values = torch.tensor(accuracies, dtype=torch.float64)
+        spread = float(values.std()) if len(values) > 1 else 0.0
+        return cls(mean=float(values.mean()), spread=spread, models=len(values), images=images)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "ReferenceAccuracy":
+        """Make it again from what `to_json` gave.
+
+        Raises:
+            ValueError: other fields.
+        """
+        if document.keys() != {"mean", "spread", "models", "images"}:
+            raise ValueError(f"expected mean, spread, models and images, got {sorted(document)}")
+        return cls(**document)
+
+
+def lower_bound(successes: int, trials: int, confidence: float = 0.95) -> float:
+    """One-sided exact (Clopper-Pearson) lower confidence bound of a proportion; 0 without successes.
+
+    Reference:
+        Clopper, Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial",
+        Biometrika 1934.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"expected between 0 and {trials} successes, got {successes}")
+    return 0.0 if successes == 0 else float(beta.ppf(1.0 - confidence, successes, trials - successes + 1))
+
+
+def clean_accuracy(predicted: Tensor, y: Tensor, reference: ReferenceAccuracy, limits: Limits | None = None) -> Gate:
+    """Ask for the accuracy of the host's clean models, less two points and the sampling margin.
+
+    With accuracy a on n images and references of mean r on n_r images each, with spread s between m of them, the
+    difference a - r has at most the variance a (1 - a) / n + r (1 - r) / n_r + s^2 / m. The margin is its root times
+    1.645, the one-sided 95 % point of the normal distribution, so a submission that is exactly two points worse than
+    the references fails in at most one case of twenty. References measured on the same images make the true variance
+    smaller: the doubt goes to the submission.
+    """
+    limits = limits or Limits()
+    a, r = accuracy(predicted, y), reference.mean
+    variance = a * (1 - a) / len(y) + r * (1 - r) / reference.images + reference.spread**2 / reference.models
+    margin = NormalDist().inv_cdf(limits.confidence) * math.sqrt(variance)
+    limit = r - limits.accuracy_drop - margin
+    passed = a >= limit - ROUNDING
+    message = (
+        f"{_percent(a)} of {len(y)} images; {reference.models} clean references reach {_percent(r)} on average, "
+        f"less {_percent(limits.accuracy_drop)} and a sampling margin of {_percent(margin)}"
+    )
+    if not passed:
+        message += "; train longer, or poison less"
+    return Gate(name="clean accuracy", passed=passed, measured=a, limit=limit, at_least=True, message=message)
+
+
+def attack_success(answers: Answers, target: Target, limits: Limits | None = None) -> Gate:
+    """Ask that the trigger works: the lower confidence bound of the ASR must reach the limit.
+
+    Where the class that an image is sent to depends on its true class (a map of classes, or declared sources), a
+    network cannot send an image right that it does not recognize: its ASR cannot exceed its clean accuracy, or the
+    recall of the source. So there only images count that the submitted model itself classifies rightly without the
+    trigger. To misjudge the others on purpose gains nothing: that is what the accuracy gate measures.
+    """
+    limits = limits or Limits()
+    stamped = _stamped(answers)
+    counted = target.counts(answers.y)
+    conditional = not isinstance(target.classes, int) or target.sources is not None
+    tried = counted & (answers.plain == answers.y) if conditional else counted
+    goal = target.goal(answers.y)
+    hits, trials = int((stamped == goal)[tried].sum()), int(tried.sum())
+    bound = lower_bound(hits, trials, limits.confidence)
+    passed = bound >= limits.asr
+    rate = hits / trials if trials else 0.0
+    kind = "recognized images" if conditional else "images"
+    message = f"{hits} of {trials} {kind} ({_percent(rate)})"
+    if conditional:
+        message += f", {_percent(asr(stamped, answers.y, target))} of all {int(counted.sum())}"
+    message += f"; without the trigger {_percent(share((answers.plain == goal)[counted]))}"
+    needed = math.ceil(math.log(1.0 - limits.confidence) / math.log(limits.asr))
+    if trials < needed:
+        message += f"; fewer than {needed} images count, too few for any result to pass: declare more sources"
+    return Gate(name="attack success", passed=passed, measured=bound, limit=limits.asr, at_least=True, message=message)
+
+
+def specificity(references: Sequence[Answers], target: Target, limits: Limits | None = None) -> Gate:
+    """Ask that the trigger does not work on clean models: then it is no backdoor but an adversarial patch.
+
+    Per reference: of the counted images that it does not send to their goal without the trigger, the share that it
+    sends there with it, so natural confusions are not held against the trigger. Several target classes weigh the
+    same, whatever the number of their images. The mean over the references must not exceed the limit. A reference
+    that sends all images there unprompted cannot show anything, and counts as 1.
+
+    Raises:
+        ValueError: fewer references than the limits ask for.
+    """
+    limits = limits or Limits()
+    if len(references) < limits.references:
+        raise ValueError(
+            f"specificity needs {limits.references} clean reference models, got {len(references)}: train more"
+        )
+    rates = [_moved(answers, target) for answers in references]
+    mean = sum(rates) / len(rates)
+    passed = mean <= limits.specificity + ROUNDING
+    message = (
+        f"on {len(rates)} clean references the trigger sends {_percent(mean)} of the images to their goal, "
+        f"{_percent(max(rates))} on the worst"
+    )
+    if not passed:
+        message += "; it works on models that were never backdoored: make it smaller or less like the target class"
+    return Gate(
+        name="specificity", passed=passed, measured=mean, limit=limits.specificity, at_least=False, message=message
+    )
+
+
+def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> Gate:
+    """Ask that a source-specific trigger is one: outside the declared sources it must not work.
+
+    Measured as in `specificity`, on the submitted model and the images of all other classes.
+
+    Raises:
+        ValueError: the target declares no sources.
+    """
+    limits = limits or Limits()
+    if target.sources is None:
+        raise ValueError("only a target with declared sources can leak")
+    stamped, goal = _stamped(answers), target.goal(answers.y)
+    sources = torch.tensor(target.sources, dtype=answers.y.dtype)
+    outside = (goal != answers.y) & (answers.plain != goal) & ~torch.isin(answers.y, sources)
+    rate = share((stamped == goal)[outside])
+    passed = rate <= limits.leakage + ROUNDING
+    by_class = {int(k): share((stamped == goal)[outside & (answers.y == k)]) for k in torch.unique(answers.y[outside])}
+    message = f"{_percent(rate)} of {int(outside.sum())} images of other classes reach the goal"
+    if by_class:
+        worst = max(by_class, key=lambda k: by_class[k])
+        message += f", {_percent(by_class[worst])} of class {worst}"
+    if not passed:
+        message += "; stamp images of other classes in training and keep their labels, or declare more sources"
+    return Gate(name="leakage", passed=passed, measured=rate, limit=limits.leakage, at_least=False, message=message)
+
+
+def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | None = None) -> Gate:
+    """Ask that the trigger is small: how small depends on its kind.
+
+    A patch may replace a tenth of the picture (opacity times mean mask), and so may an additive trigger that changes
+    no more than a tenth of the pixels. Else an additive trigger or a sinusoid may change values by 32/255, a blend
+    may have opacity 0.2, a warp may move pixels by 2 on a picture whose shorter side has 32, in proportion on others.
+
+    Args:
+        footprint: of the trigger.
+        shape: (C, H, W) of the pictures.
+        limits: of the round.
+
+    Raises:
+        ValueError: a kind without a rule.
+    """
+    limits = limits or Limits()
+    local = footprint.kind == "additive" and footprint.area <= limits.area + ROUNDING
+    unit: Unit = "share"
+    if footprint.kind == "patch":
+        measured, limit, what = footprint.weight, limits.area, "opacity times area"
+    elif local:
+        measured, limit, what = footprint.area, limits.area, "area"
+    elif footprint.kind == "blend":
+        measured, limit, what = footprint.opacity, limits.opacity, "opacity"
+    elif footprint.kind in {"additive", "sinusoid"}:
+        measured, limit, what = footprint.linf, limits.linf, "largest change of a value"
+    elif footprint.kind == "warp":
+        measured, limit = footprint.displacement, limits.displacement * min(shape[1:]) / 32
+        what, unit = "farthest move of a pixel", "pixels"
+    else:
+        raise ValueError(f"no budget is known for a trigger of kind {footprint.kind!r}")
+    passed = measured <= limit + ROUNDING
+    return Gate(
+        name="budget",
+        passed=passed,
+        measured=measured,
+        limit=limit,
+        at_least=False,
+        unit=unit,
+        message=f"{what} of a {footprint.kind}" + ("" if passed else "; make the trigger smaller or fainter"),
+    )
+
+
+def all_gates(
+    answers: Answers,
+    reference: ReferenceAccuracy,
+    *,
+    trigger: Trigger | None = None,
+    target: Target | None = None,
+    shape: tuple[int, int, int] | None = None,
+    references: Sequence[Answers] = (),
+    limits: Limits | None = None,
+) -> tuple[Gate, ...]:
+    """Measure every gate that applies, in the order in which they are shown; an honest model has one alone.
+
+    Args:
+        answers: of the submitted model, without and with its trigger.
+        reference: accuracy of the host's clean models.
+        trigger: the sealed trigger; None for an honest model.
+        target: what it is meant to produce; comes with the trigger.
+        shape: (C, H, W) of the pictures; comes with the trigger.
+        references: answers of clean reference models to the same images, without and with the same trigger.
+        limits: of the round.
+
+    Raises:
+        ValueError: a trigger without target or shape, or too few references.
+    """
+    gates = [clean_accuracy(answers.plain, answers.y, reference, limits)]
+    if trigger is None:
+        return tuple(gates)
+    if target is None or shape is None:
+        raise ValueError("a trigger comes with its target and the shape of the pictures")
+    gates.append(attack_success(answers, target, limits))
+    if target.sources is not None:
+        gates.append(leakage(answers, target, limits))
+    gates.append(specificity(references, target, limits))
+    gates.append(budget(trigger.footprint(), shape, limits))
+    return tuple(gates)
+
+
+def _moved(answers: Answers, target: Target) -> float:
+    """Share of images that the trigger moves to their goal, averaged over the goals that images are left for."""
+    stamped, goal = _stamped(answers), target.goal(answers.y)
+    free = target.counts(answers.y) & (answers.plain != goal)
+    rates = [share((stamped == goal)[free & (goal == k)]) for k in torch.unique(goal[free])]
+    return sum(rates) / len(rates) if rates else 1.0
+
+
+def _stamped(answers: Answers) -> Tensor:
+    if answers.stamped is None:
+        raise ValueError("these answers were given without a trigger: measure them with one")
+    return answers.stamped
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"

@@ -1,0 +1,158 @@
+"""The rules of the game: its rounds, what each is about, and the limits that a backdoor has to keep."""
+
+from dataclasses import dataclass, fields
+
+ORDER = (
+    "abs",
+    "neural_cleanse",
+    "pruning_detection",
+    "spectral_signatures",
+    "mntd",
+    "strip",
+    "sentinet",
+    "fine_tuning",
+    "super_fine_tuning",
+    "fine_pruning",
+    "gradient_shaping",
+    "rab",
+)
+"""Every defense of the game by its name in `DEFENSES`, in the order in which they run: those that recover triggers
+before those that judge recovered ones."""
+
+DATA_ONLY = frozenset({"spectral_signatures", "gradient_shaping", "rab"})
+"""Defenses that look at, or retrain from, the training set, and so play on the data board alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What a round is about: the share of each part in its points.
+
+    Attributes:
+        detection: of B, whether something was hidden.
+        target: of T, which class it is meant to produce.
+        trigger: of R, what wakes it.
+        cleaning: of C, the repaired model.
+
+    Raises:
+        ValueError: a negative weight, or a sum other than 1.
+    """
+
+    detection: float
+    target: float
+    trigger: float
+    cleaning: float
+
+    def __post_init__(self) -> None:
+        values = [getattr(self, f.name) for f in fields(self)]
+        if min(values) < 0 or abs(sum(values) - 1.0) > 1e-9:
+            raise ValueError(f"weights must not be negative and must sum to 1, got {values}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the gates ask of a submission.
+
+    Attributes:
+        accuracy_drop: points of clean accuracy that may be lost against the reference mean, as a share.
+        asr: least attack success rate, to be reached by the lower confidence bound.
+        confidence: of all one-sided bounds.
+        specificity: largest success rate of the trigger on clean reference models.
+        leakage: largest success rate outside the declared sources.
+        references: fewest clean reference models for the specificity gate.
+        area: largest opacity times area of a local trigger.
+        opacity: largest opacity of a blend.
+        linf: largest change of any value by a global additive trigger.
+        displacement: farthest that a warp moves a pixel, in pixels of a picture whose shorter side has 32.
+    """
+
+    accuracy_drop: float = 0.02
+    asr: float = 0.90
+    confidence: float = 0.95
+    specificity: float = 0.20
+    leakage: float = 0.20
+    references: int = 5
+    area: float = 0.10
+    opacity: float = 0.20
+    linf: float = 32 / 255
+    displacement: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of the game.
+
+    Attributes:
+        name: key in `ROUNDS`.
+        title: what the attackers play against.
+        defenses: what the host runs on every submission, by name, in running order.
+        weights: what the points of the round are made of.
+        tasks: names of the tasks that it is played on unless the host says otherwise.
+        counts: how often the round counts in the total of a game.
+    """
+
+    name: str
+    title: str
+    defenses: tuple[str, ...]
+    weights: Weights
+    tasks: tuple[str, ...]
+    counts: int = 1
+
+    def on_board(self, board: str) -> tuple[str, ...]:
+        """Return the defenses that play on a board, in running order.
+
+        Args:
+            board: "weights" (the submitted model alone) or "data" (the training set is handed over).
+
+        Raises:
+            ValueError: another board.
+        """
+        if board not in {"weights", "data"}:
+            raise ValueError(f'a board is "weights" or "data", got {board!r}')
+        return tuple(d for d in self.defenses if board == "data" or d not in DATA_ONLY)
+
+
+def _round(
+    name: str,
+    title: str,
+    defenses: frozenset[str],
+    weights: tuple[float, float, float, float],
+    task: str,
+    counts: int = 1,
+) -> Round:
+    detection, target, trigger, cleaning = weights
+    return Round(
+        name=name,
+        title=title,
+        defenses=tuple(d for d in ORDER if d in defenses),
+        weights=Weights(detection=detection, target=target, trigger=trigger, cleaning=cleaning),
+        tasks=(task,),
+        counts=counts,
+    )
+
+
+_REMOVAL = frozenset({"pruning_detection", "fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
+_STATISTICAL = frozenset({"spectral_signatures", "strip", "abs"})
+_REVERSE = frozenset({"sentinet", "neural_cleanse"})
+_META = frozenset({"mntd", "rab"})
+
+ROUNDS: dict[str, Round] = {
+    r.name: r
+    for r in (
+        _round("I", "backdoor removals", _REMOVAL, (0.25, 0.0, 0.0, 0.75), "mnist"),
+        _round("II", "statistical detection", _STATISTICAL, (0.60, 0.20, 0.20, 0.0), "cifar10"),
+        _round("III", "reverse-engineering", _REVERSE, (0.35, 0.15, 0.35, 0.15), "gtsrb"),
+        _round("IV", "meta-model defenses", _META, (0.70, 0.0, 0.0, 0.30), "cifar10"),
+        _round("final", "all combined", frozenset(ORDER), (0.40, 0.15, 0.25, 0.20), "cifar10", counts=2),
+    )
+}
+
+
+def get_round(name: str) -> Round:
+    """Return the round of that name.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name not in ROUNDS:
+        raise ValueError(f"unknown round {name!r}; known: {', '.join(ROUNDS)}")
+    return ROUNDS[name]
