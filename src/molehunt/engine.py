@@ -39,11 +39,11 @@ class Local:
         return map(function, items)
 
 
-def _silent(done: int, total: int) -> None:
+def silent(done: int, total: int) -> None:
     """Report to nobody."""
 
 
-def _never() -> bool:
+def never() -> bool:
     """Nobody cancels."""
     return False
 
@@ -63,8 +63,8 @@ class Run:
 
     rng: torch.Generator = field(default_factory=torch.Generator)
     deadline: float | None = None
-    report: Callable[[int, int], None] = _silent
-    cancelled: Callable[[], bool] = _never
+    report: Callable[[int, int], None] = silent
+    cancelled: Callable[[], bool] = never
     scratch: Path | None = None
     engine: Engine = field(default_factory=Local)
 
