@@ -42,8 +42,8 @@ def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     Only weights of convolutions and linear layers change their dtype; norms and statistics stay float32. The copy is
     meant to run under `autocast(dtype)`.
     """
-    fast = freeze(fold_batch_norm(freeze(copy.deepcopy(model))))
-    fast = fast.to(device=device, memory_format=torch.channels_last)
+    fast: nn.Module = freeze(fold_batch_norm(freeze(copy.deepcopy(model)))).to(device)
+    fast.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from the stubs
     for module in fast.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(dtype)
