@@ -160,12 +160,17 @@ def _folder_task(path: Path, size: tuple[int, int] | None) -> Task:
     # The absolute path, so that a process with another working folder finds the same pictures.
     name = f"folder:{path}" + (f"?size={size[0]}x{size[1]}" if size else "")
     read = _folder(path, size)
+    for split, rows in _public(name).items():
+        counts = np.bincount(read.arrays.y[rows], minlength=len(read.classes))
+        if not counts.all():
+            lacking = read.classes[int(counts.argmin())]
+            raise ValueError(f"{path}: class {lacking!r} has too few different pictures, none is left for {split}")
     x = read.arrays.x[_public(name)["train"]]
     levels = np.stack([np.bincount(x[:, c].ravel(), minlength=256) for c in range(x.shape[1])]) / x[:, 0].size
     scale = np.arange(256) / 255
     mean = levels @ scale
-    std = np.sqrt(levels @ scale**2 - mean**2)
-    if not std.all():
+    std = np.sqrt(np.maximum(levels @ scale**2 - mean**2, 0))
+    if std.min() < 1e-4:
         raise ValueError(f"{path}: every training picture is the same flat color in channel {int(std.argmin())}")
     return Task(
         name=name,
@@ -174,7 +179,7 @@ def _folder_task(path: Path, size: tuple[int, int] | None) -> Task:
         augment="crop",
         network="resnet18",
         mean=tuple(round(float(m), 4) for m in mean),
-        std=tuple(max(round(float(s), 4), 1e-4) for s in std),
+        std=tuple(round(float(s), 4) for s in std),
     )
 
 

@@ -101,9 +101,17 @@ def record(name: str, sums: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def lock(name: str) -> Iterator[None]:
-    """Let one process at a time fetch a data set; the others wait and then find it in the cache."""
-    root().mkdir(parents=True, exist_ok=True)
-    with (root() / f"{name}.lock").open("wb") as file:
+    """Let one process at a time fetch a data set; the others wait and then find it in the cache.
+
+    Raises:
+        DataError: the cache folder cannot be made or written to.
+    """
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        file = (root() / f"{name}.lock").open("wb")
+    except OSError as error:
+        raise DataError(f"cannot write to the cache folder {root()}: {error}; set MOLEHUNT_CACHE to another") from error
+    with file:
         try:
             import fcntl
         except ImportError:  # Windows: two processes then do the same work twice, and the last rename wins
@@ -121,6 +129,8 @@ def _replace(target: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        # mkstemp lets only the owner read; the data are public, and a class may share one cache.
+        Path(temporary).chmod(0o644)
         Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,11 +1,13 @@
 """From the files of a data set, as published or packaged, to arrays; opens no network and unpickles nothing."""
 
+import contextlib
 import csv
 import gzip
 import json
 import tarfile
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +59,27 @@ class Files:
         return any((root / f"{name}{suffix}").exists() for root in self.roots for suffix in ("", ".gz"))
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the many errors of the libraries that read a damaged file into one ValueError that names it."""
+    try:
+        yield
+    except (
+        EOFError,
+        SyntaxError,
+        zlib.error,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(f"{path} is damaged: {error or type(error).__name__}") from error
+    except OSError as error:
+        # Those of the system (no such file, no right to read it) have a number; those of gzip and Pillow have none.
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def idx(path: Path) -> NDArray[np.uint8]:
     """Read an idx file of unsigned bytes, plain or gzipped (the format of MNIST and Fashion-MNIST).
 
@@ -66,7 +89,7 @@ def idx(path: Path) -> NDArray[np.uint8]:
     Raises:
         ValueError: the header is not that of an idx file of bytes, or the file is shorter or longer than it says.
     """
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with readable(path), gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
         head = file.read(4)
         if len(head) < 4 or head[:3] != b"\0\0\x08" or not 1 <= head[3] <= 4:
             raise ValueError(f"{path}: expected an idx header of unsigned bytes (00 00 08 rank), got {head.hex(' ')}")
@@ -124,7 +147,7 @@ def _cifar10_binary(path: Path) -> Arrays:
 
 def _cifar10_png(path: Path) -> NDArray[np.uint8]:
     """Rows of 1 024 RGB pixels: one picture per row, its lines one after the other."""
-    with Image.open(path, formats=["PNG"]) as image:
+    with readable(path), Image.open(path, formats=["PNG"]) as image:
         if image.mode != "RGB" or image.width != 1024:
             raise ValueError(f"{path}: expected an RGB picture 1024 wide, got {image.mode} {image.width} wide")
         rows = np.asarray(image)
@@ -133,7 +156,7 @@ def _cifar10_png(path: Path) -> NDArray[np.uint8]:
 
 def csv_digits(path: Path) -> Arrays:
     """Read digits from a gzipped CSV file without a header: 784 pixels and the label per line."""
-    with gzip.open(path, "rt", encoding="ascii") as file:
+    with readable(path), gzip.open(path, "rt", encoding="ascii") as file:
         table = np.loadtxt(file.read(64 << 20).splitlines(), np.int16, delimiter=",", ndmin=2)
     if table.shape[1] != 785:
         raise ValueError(f"{path}: expected 785 numbers per line, got shape {table.shape}")
@@ -180,7 +203,7 @@ def _signs(table: Path, folder: Path) -> Iterable[tuple[str, NDArray[np.uint8], 
                 left, upper, right, lower = (int(row[f"Roi.{k}"]) for k in ("X1", "Y1", "X2", "Y2"))
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{table}: cannot read the row {row}") from error
-            with Image.open(folder / name, formats=["PPM"]) as image:
+            with readable(folder / name), Image.open(folder / name, formats=["PPM"]) as image:
                 cut = image.convert("RGB").crop((left, upper, right + 1, lower + 1))
             sign = np.asarray(cut.resize((32, 32), Image.Resampling.BILINEAR))
             yield name, sign.transpose(2, 0, 1), label
@@ -192,7 +215,7 @@ def unpack(archive: Path, into: Path) -> None:
     Raises:
         ValueError: another kind of archive, a damaged one, or one that unpacks to more than `LARGEST` bytes.
     """
-    try:
+    with readable(archive):
         if archive.suffix == ".zip":
             with zipfile.ZipFile(archive) as packed:
                 _bound(archive, (entry.file_size for entry in packed.infolist()))
@@ -203,8 +226,6 @@ def unpack(archive: Path, into: Path) -> None:
                 tar.extractall(into, filter="data")
         else:
             raise ValueError(f"{archive}: expected a .zip, .tar.gz or .tgz archive")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{archive}: damaged archive: {error}") from error
 
 
 def _bound(archive: Path, sizes: Iterable[int]) -> None:

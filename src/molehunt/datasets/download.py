@@ -9,7 +9,7 @@ from molehunt.datasets.decode import LARGEST
 from molehunt.datasets.sources import Progress
 
 # Nobody there: the next source is asked soon. A slow server that does answer is waited for.
-TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 ATTEMPTS = 3
 
 
@@ -21,11 +21,10 @@ def download(address: str, target: Path, progress: Progress | None = None) -> No
 
     Raises:
         OSError: the address cannot be reached, answers with an error, or breaks off again and again.
-        ValueError: the file is larger than any data set.
+        ValueError: the file is larger than any data set, or the server compresses on the way.
     """
     if target.exists():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     tag = target.with_name(target.name + ".tag")
     try:
@@ -42,7 +41,7 @@ def download(address: str, target: Path, progress: Progress | None = None) -> No
                 else:
                     break
     except (httpx.HTTPError, httpx.InvalidURL, EOFError, ImportError) as error:  # ImportError: a SOCKS proxy is set
-        raise OSError(f"{address}: {type(error).__name__} {error}") from error
+        raise OSError(f"{target.name}: {type(error).__name__}: {error}") from error
     part.replace(target)
     tag.unlink(missing_ok=True)
 
@@ -61,6 +60,8 @@ def _continue(client: httpx.Client, address: str, part: Path, tag: Path, progres
             part.unlink()
             raise EOFError("the server has no more bytes than were read")
         answer.raise_for_status()
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise ValueError(f"{address}: sent compressed ({answer.headers['content-encoding']}) although asked not to")
         resumed = answer.status_code == httpx.codes.PARTIAL_CONTENT
         if resumed and not answer.headers.get("content-range", "").startswith(f"bytes {have}-"):
             part.unlink()
@@ -70,13 +71,15 @@ def _continue(client: httpx.Client, address: str, part: Path, tag: Path, progres
         total = have + int(length) if length else None
         if total is not None and total > LARGEST:
             raise ValueError(f"{address}: announces {total} bytes, more than {LARGEST}")
+        part.parent.mkdir(parents=True, exist_ok=True)
         validator = answer.headers.get("etag", "")
         if validator and not validator.startswith("W/"):
             tag.write_text(validator)
         else:
             tag.unlink(missing_ok=True)
         with part.open("ab" if resumed else "wb") as file:
-            for chunk in answer.iter_bytes(1 << 18):
+            # Raw and as it comes: httpx would hold back, and lose, what does not fill a chunk when the line breaks.
+            for chunk in answer.iter_raw():
                 have += file.write(chunk)
                 if have > LARGEST:
                     raise ValueError(f"{address}: more than {LARGEST} bytes")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from molehunt.datasets.decode import Arrays
+from molehunt.datasets.decode import Arrays, readable
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".gif", ".tif", ".tiff"})
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "GIF", "TIFF")
@@ -92,22 +92,16 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _shape(file: Path) -> tuple[int, int, int]:
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.mode not in GRAY | COLOR:
-                raise ValueError(f"{file}: expected 8 bits per channel, got Pillow mode {image.mode!r}")
-            return (1 if image.mode in GRAY else 3), image.height, image.width
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{file} is no picture that can be read ({', '.join(FORMATS)})") from error
+    with readable(file), Image.open(file, formats=FORMATS) as image:
+        if image.mode not in GRAY | COLOR:
+            raise ValueError(f"{file}: expected 8 bits per channel, got Pillow mode {image.mode!r}")
+        return (1 if image.mode in GRAY else 3), image.height, image.width
 
 
 def _pixels(file: Path, *, gray: bool, size: tuple[int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            # A palette with transparency needs the detour, else Pillow warns and guesses.
-            plain = image.convert("L") if gray else image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+    with readable(file), Image.open(file, formats=FORMATS) as image:
+        # A palette with transparency needs the detour, else Pillow warns and guesses.
+        plain = image.convert("L") if gray else image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
     height, width = size
     if plain.size != (width, height):
         plain = plain.resize((width, height), Image.Resampling.BILINEAR)

