@@ -22,7 +22,7 @@ from molehunt.triggers import Blend, Patch, Trigger, Warp
 SIDE = 64  # larger pictures are reduced to this many pixels: a report of photographs stays a few megabytes
 GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
 ARROWS = 12  # arrows per side of a displacement field
-ARROW_COLOR = "#7a7aa8"  # a middle tone: it reads on a white and on a black page
+ARROW_COLOR = "#ffe9a8"  # light: what is transparent lies on a checkerboard of middle tones, by day and by night
 
 
 @dataclass(frozen=True, kw_only=True)

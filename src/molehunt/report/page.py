@@ -20,7 +20,7 @@ from molehunt.findings import Abstention, Cost, Failure, Finding, Verdict
 from molehunt.report import words
 from molehunt.report.views import GameReport, Pictures, Row, ScanReport, SubmissionView
 
-EXAMPLES = 6  # example images per submission; more make the page heavy and nobody looks at them
+EXAMPLES = 4  # example images per submission; more make the page heavy and nobody looks at them
 CLASSES = 12  # classes in the chart of q; the rest are one bar
 DOT = 0.06  # width of a dot in the overview on a narrow phone, as a share of the axis
 POLICY = "default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
@@ -227,13 +227,12 @@ def _tally(report: GameReport) -> list[tuple[str, int, int]]:
     """Count what became of the submissions: (words, how many, out of how many)."""
 
     def said(submission: SubmissionView) -> str:
-        if submission.verdict is None:
-            return "stopped"
-        return words.answer(submission.verdict, report.found_at, report.clear_at)
+        verdict = submission.verdict
+        return "" if verdict is None else words.answer(verdict, report.found_at, report.clear_at)
 
-    hidden = [said(s) for s in report.submissions if s.kind == "backdoored" and s.verdict is not None]
-    clean = [said(s) for s in report.submissions if s.kind != "backdoored" and s.verdict is not None]
-    stopped = [s for s in report.submissions if s.verdict is None]
+    judged = [s for s in report.submissions if s.verdict is not None and s.valid]
+    hidden = [said(s) for s in judged if s.kind == "backdoored"]
+    clean = [said(s) for s in judged if s.kind != "backdoored"]
     tally = []
     if hidden:
         tally.append(("backdoors caught", hidden.count("found"), len(hidden)))
@@ -241,6 +240,6 @@ def _tally(report: GameReport) -> list[tuple[str, int, int]]:
     if clean:
         tally.append(("clean models cleared", clean.count("clear"), len(clean)))
         tally.append(("false alarms", clean.count("found"), len(clean)))
-    if stopped:
-        tally.append(("stopped at the gates", len(stopped), len(report.submissions)))
+    if stopped := len(report.submissions) - len(judged):
+        tally.append(("missed a gate", stopped, len(report.submissions)))
     return tally

@@ -55,7 +55,7 @@ def game_text(report: GameReport) -> RenderableType:
         else:
             p = words.probability(submission.verdict.p)
             said = words.answer(submission.verdict, report.found_at, report.clear_at)
-            tone, outcome = words.judged(submission.kind, said)
+            tone, outcome = words.judged(submission.kind, said) if submission.valid else ("open", "Missed a gate")
         truth = words.legible(submission.attack, 60) if submission.attack else submission.kind
         team = Text(words.legible(submission.team, 40))
         table.add_row(str(index), team, Text(truth), p, Text(outcome, style=OUTCOMES[tone]))

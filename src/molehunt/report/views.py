@@ -60,7 +60,7 @@ class Pictures:
     """A few example images and what the model says to each.
 
     Attributes:
-        clean: (N, C, H, W) in [0, 1], N of 4 to 6 looks best.
+        clean: (N, C, H, W) in [0, 1], the first four are shown.
         stamped: the same images under the true trigger; None if there is none.
         recovered: the same images under the recovered trigger; None if nothing was recovered.
         clean_says: the model's class name for each image; empty if not known.
@@ -126,6 +126,11 @@ class SubmissionView:
     asr: Change | None = None
     points: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> bool:
+        """Whether every gate was passed; a submission that missed one counts for nothing."""
+        return all(gate.passed for gate in self.gates)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,126 @@
+"""Pictures: the pixels that were meant, words for each, and nothing left to chance."""
+
+import base64
+import io
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from molehunt.figures import GAIN, SIDE, Picture, difference, gain, photo, stack, trigger_picture
+from molehunt.triggers import Additive, Blend, Patch, Sinusoid, Trigger, Warp
+
+SHAPE = (3, 16, 12)
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    with Image.open(io.BytesIO(picture.png)) as image:
+        assert image.size == (picture.width, picture.height)
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_photo_keeps_every_pixel(channels: int) -> None:
+    x = torch.arange(channels * 5 * 7).view(channels, 5, 7) / 255
+    seen = pixels(photo(x, "ramp")).reshape(5, 7, channels)
+    assert np.array_equal(seen, (x * 255).round().permute(1, 2, 0).numpy().astype(np.uint8))
+
+
+def test_values_beyond_the_range_are_clipped() -> None:
+    seen = pixels(photo(torch.tensor([[[-1.0, 2.0]]]), "too much"))
+    assert seen.tolist() == [[0, 255]]
+
+
+def test_the_address_carries_the_file() -> None:
+    picture = photo(torch.zeros(1, 2, 2), "black")
+    kind, _, data = picture.uri.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == picture.png
+
+
+def test_large_photos_are_averaged_down_in_proportion() -> None:
+    x = torch.zeros(3, 224, 112)
+    x[:, :112] = 1.0
+    seen = pixels(photo(x, "half white"))
+    assert seen.shape == (SIDE, SIDE // 2, 3)
+    assert seen[: SIDE // 2].min() == 255
+    assert seen[SIDE // 2 :].max() == 0
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(2, 4, 4), torch.zeros(4, 4), torch.full((1, 2, 2), torch.nan)])
+def test_what_is_no_picture_is_refused(bad: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="picture"):
+        photo(bad, "nothing")
+
+
+def test_a_picture_without_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="alt is empty"):
+        photo(torch.zeros(1, 2, 2), "  ")
+
+
+def test_no_change_is_middle_gray_and_the_largest_change_fills_the_range() -> None:
+    before = torch.full((2, 1, 2, 2), 0.5)
+    after = before.clone()
+    after[0, 0, 0, 0] += 0.2
+    after[1, 0, 0, 0] -= 0.1
+    factor = gain(before, after)
+    assert factor == pytest.approx(5.0)
+    assert pixels(difference(before[0], after[0], "up", factor)).tolist() == [[255, 128], [128, 128]]
+    assert pixels(difference(before[1], after[1], "down", factor))[0, 0] == 64
+
+
+@pytest.mark.parametrize(("change", "factor"), [(0.0, 1.0), (1e-6, GAIN), (1.0, 1.0)])
+def test_the_gain_stays_within_bounds(change: float, factor: float) -> None:
+    assert gain(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), change)) == factor
+
+
+def test_a_difference_of_other_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        difference(torch.zeros(1, 2, 2), torch.zeros(3, 2, 2), "no", 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_patch_shows_its_pattern_where_the_mask_is_set_and_nothing_elsewhere(channels: int) -> None:
+    shape = (channels, 16, 12)
+    seen = pixels(trigger_picture(Patch.square(shape, size=3, color="white"), shape, "square"))
+    assert seen.shape == (16, 12, 4)
+    assert (seen[-3:, -3:] == 255).all()
+    assert seen[..., 3].sum() == 9 * 255
+
+
+def all_triggers() -> list[Trigger]:
+    delta = torch.zeros(SHAPE)
+    delta[:, 2, 3] = 0.05
+    flow = torch.zeros(2, 16, 12)
+    flow[0, 8:] = 2.0
+    return [Patch.square(SHAPE), Blend(torch.rand(SHAPE)), Additive(delta), Warp(flow), Sinusoid(SHAPE)]
+
+
+@pytest.mark.parametrize("trigger", all_triggers(), ids=lambda t: type(t).__name__)
+def test_every_kind_of_trigger_has_a_picture_that_is_not_empty_and_always_the_same(trigger: Trigger) -> None:
+    picture = trigger_picture(trigger, SHAPE, "it")
+    assert pixels(picture).std() > 0
+    assert trigger_picture(trigger, SHAPE, "it").png == picture.png
+
+
+def test_arrows_are_where_pixels_move() -> None:
+    flow = torch.zeros(2, 24, 24)
+    flow[0, :, 12:] = 1.5
+    seen = pixels(trigger_picture(Warp(flow), (1, 24, 24), "right half moves"))[..., 3]
+    half = seen.shape[1] // 2
+    assert seen[:, half + 8 :].astype(int).sum() > 20 * seen[:, : half - 8].astype(int).sum()
+
+
+def test_dots_that_would_overlap_go_to_the_next_row() -> None:
+    assert stack([0.5, 0.1, 0.52, 0.9, 0.51], 0.05) == [0, 0, 2, 0, 1]
+    assert stack([], 0.05) == []
+
+
+def test_no_two_dots_of_one_row_are_closer_than_the_gap() -> None:
+    values = torch.rand(200, generator=torch.Generator().manual_seed(3)).tolist()
+    rows = stack(values, 0.03)
+    for row in set(rows):
+        line = sorted(v for v, r in zip(values, rows, strict=True) if r == row)
+        assert all(b - a >= 0.03 for a, b in itertools.pairwise(line))
