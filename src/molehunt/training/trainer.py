@@ -1,0 +1,263 @@
+"""The one training loop: for attacks, for reference models and for repairs."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molehunt.networks import Network, dropout_rng, fast_dtype
+from molehunt.tasks import Images
+from molehunt.training import state
+from molehunt.training.augmentation import crop
+from molehunt.training.optimizers import make_optimizers
+from molehunt.training.recipes import Recipe
+
+Stamp = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, C, H, W), rows int64 (B,) of the training set) to x, on the images of one batch after augmentation."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a training did.
+
+    Attributes:
+        model: the model that was given, trained, in eval mode.
+        seconds: wall-clock time in the loop, without reading data; those before an interruption are included.
+        steps: number of optimizer steps.
+        images: number of images seen, repeats counted.
+        losses: mean training loss of every pass over the data (the last may be a part of one).
+        device: where it ran.
+        dtype: number format of the matrix work.
+    """
+
+    model: nn.Module
+    seconds: float
+    steps: int
+    images: int
+    losses: tuple[float, ...]
+    device: str
+    dtype: str
+
+
+class _Order:
+    """Batches of rows without end: one shuffled pass after the other, cut into batches of one size."""
+
+    def __init__(self, count: int, batch: int, rng: torch.Generator) -> None:
+        self.count, self.batch, self.rng = count, batch, rng
+        self.rows = torch.empty(0, dtype=torch.int64)
+        self.passes = 0
+
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Return rows (B,) and, for each, the number of its pass (B,), from 0."""
+        rows, pass_ = self.rows[: self.batch], torch.full((min(len(self.rows), self.batch),), self.passes - 1)
+        self.rows = self.rows[self.batch :]
+        if (missing := self.batch - len(rows)) > 0:
+            fresh = torch.randperm(self.count, generator=self.rng)
+            rows, self.rows = torch.cat((rows, fresh[:missing])), fresh[missing:]
+            pass_ = torch.cat((pass_, torch.full((missing,), self.passes)))
+            self.passes += 1
+        return rows, pass_
+
+
+def train(
+    model: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    *,
+    rng: torch.Generator,
+    stamp: Stamp | None = None,
+    report: Callable[[int, int], None] | None = None,
+    checkpoint: Path | None = None,
+    check: Callable[[], None] | None = None,
+    device: torch.device | str | None = None,
+    save_seconds: float = 30.0,
+) -> Trained:
+    """Train a model in place.
+
+    Only parameters with `requires_grad` are trained; hooks on the model are left alone and run in every step. The same
+    arguments and thread count give the same weights, also when the training was interrupted and resumed.
+
+    Args:
+        model: any classifier of images in [0, 1]. A `Network` sets its data-dependent layers first if the recipe
+            says so. It is handed back on the device that it was on, in eval mode.
+        images: x (N, C, H, W) in [0, 1] and labels (N,); one tensor in memory, never changed.
+        recipe: how to train.
+        rng: on the CPU; draws order, augmentation and dropout.
+        stamp: puts the trigger on the images of a batch after augmentation, given their row numbers.
+        report: called with (images done, images in all), at most ten times per second and once at the end.
+        checkpoint: file that holds the state of the training. If it exists the training goes on from it; a
+            finished training is read from it. The generator then continues where it was.
+        check: called before every step; raises to stop. The state is saved first.
+        device: where to train; a GPU when there is one, else the CPU.
+        save_seconds: time between two savings of the state.
+
+    Returns:
+        The model and what was done.
+
+    Raises:
+        ValueError: no images, labels of another number than images, nothing to train, or a checkpoint of another
+            training.
+        FloatingPointError: the loss is not finite.
+    """
+    if len(images.x) == 0 or len(images.x) != len(images.y):
+        raise ValueError(f"expected images and as many labels, got {len(images.x)} and {len(images.y)}")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    home = next(model.parameters()).device
+    dtype = fast_dtype(place) if recipe.precision == "fast" else torch.float32
+    x, y = images.x.to(place), images.y.to(place)
+    model.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch's stub lacks the pair
+    if recipe.initialize and isinstance(model, Network):
+        model.initialize(x)
+    batch = min(recipe.batch, len(x))
+    steps = max(1, round(recipe.epochs * len(x) / batch))
+    optimizers = make_optimizers(model, recipe)
+    highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    order = _Order(len(x), batch, rng)
+    # Which images are mirrored in even passes; the others are mirrored in odd ones, so that two passes show both sides.
+    mirrored = torch.randint(2, (len(x),), generator=rng)
+    noise = rng if place.type == "cpu" else torch.Generator(place).manual_seed(_draw_seed(rng))
+    sums, counts, first, spent = torch.zeros(0, device=place), torch.zeros(0), 0, 0.0
+
+    fingerprint = _fingerprint(model, images, recipe, stamp is not None, dtype) if checkpoint else ""
+    if checkpoint and (found := state.load(checkpoint, fingerprint, model, optimizers)):
+        tensors, numbers = found
+        order.rows, order.passes = tensors["rows"], numbers["passes"]
+        mirrored, sums, counts = tensors["mirrored"], tensors["sums"].to(place), tensors["counts"]
+        first, spent = numbers["step"], numbers["seconds"]
+        rng.set_state(tensors["rng"])
+        if noise is not rng:
+            noise.set_state(tensors["noise"])
+
+    start = time.perf_counter() - spent
+    saved = told = time.monotonic()
+
+    def save(step: int) -> None:
+        if checkpoint:
+            tensors = {"rows": order.rows, "mirrored": mirrored, "sums": sums, "counts": counts}
+            tensors |= {"rng": rng.get_state(), "noise": noise.get_state()}
+            numbers = {"passes": order.passes, "step": step, "seconds": time.perf_counter() - start}
+            state.save(checkpoint, fingerprint, model, optimizers, tensors, numbers)
+
+    cast = torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+    with dropout_rng(model, noise):
+        for step in range(first, steps):
+            if check:
+                try:
+                    check()
+                except BaseException:
+                    save(step)
+                    raise
+            factor = recipe.rate(step, steps)
+            for optimizer, rates in zip(optimizers, highest, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            rows, passes = order.next()
+            picked = _augment(x, rows, mirrored[rows] ^ (passes & 1), recipe, rng)
+            rows = rows.to(place)
+            if stamp:
+                picked = stamp(picked, rows)
+            with cast:
+                logits = model(picked)
+            loss = F.cross_entropy(logits.float(), y[rows], label_smoothing=recipe.label_smoothing)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers:
+                optimizer.step()
+            if order.passes > len(counts):
+                # One number per pass, on the device: reading the loss at every step would make a GPU wait.
+                if len(counts):
+                    _refuse_divergence(sums[-1], step, recipe)
+                sums, counts = F.pad(sums, (0, 1)), F.pad(counts, (0, 1))
+            sums[-1] += loss.detach()
+            counts[-1] += 1
+            now = time.monotonic()
+            if report and now - told >= 0.1 and step + 1 < steps:
+                told = now
+                report((step + 1) * batch, steps * batch)
+            if checkpoint and now - saved >= save_seconds and step + 1 < steps:
+                save(step + 1)
+                saved = time.monotonic()
+    _refuse_divergence(sums[-1], steps, recipe)
+    seconds = time.perf_counter() - start if first < steps else spent
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if first < steps:
+        save(steps)
+    if report:
+        report(steps * batch, steps * batch)
+    model.to(home, memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
+    losses = tuple((sums.cpu() / counts).tolist())
+    return Trained(
+        model=model,
+        seconds=seconds,
+        steps=steps,
+        images=steps * batch,
+        losses=losses,
+        device=str(place),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, *, batch: int = 500) -> float:
+    """Return the share of images that a model classifies right, in [0, 1]; the model is left in its mode.
+
+    Args:
+        model: any classifier of images in [0, 1]; it runs where its weights are.
+        images: at least one image.
+        batch: images per forward pass.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    if len(images.y) == 0:
+        raise ValueError("the accuracy over no images is undefined")
+    training = model.training
+    place = next(model.parameters()).device
+    model.eval()
+    right = 0
+    try:
+        for start in range(0, len(images.y), batch):
+            x = images.x[start : start + batch].to(place, memory_format=torch.channels_last)
+            y = images.y[start : start + batch].to(place)
+            right += int((model(x).argmax(1) == y).sum())
+    finally:
+        model.train(training)
+    return right / len(images.y)
+
+
+def _augment(x: Tensor, rows: Tensor, mirror: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
+    """Pick rows of x and augment them; (B, C, H, W) in channels-last layout."""
+    picked = x[rows.to(x.device)].contiguous(memory_format=torch.channels_last)
+    if recipe.augment == "none":
+        return picked
+    down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2, len(rows)), generator=rng).to(x.device)
+    return crop(picked, down, right, mirror.bool().to(x.device) if recipe.augment == "flip_crop" else None)
+
+
+def _refuse_divergence(total: Tensor, step: int, recipe: Recipe) -> None:
+    if not bool(torch.isfinite(total)):
+        raise FloatingPointError(f"the loss is not finite before step {step}; lower the learning rate ({recipe.lr})")
+
+
+def _draw_seed(rng: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=rng))
+
+
+def _fingerprint(model: nn.Module, images: Images, recipe: Recipe, stamped: bool, dtype: torch.dtype) -> str:
+    """Name a training by what decides it, short of the generator and of what the stamp does."""
+    layout: dict[str, Any] = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    description = {"recipe": recipe.to_json(), "layout": layout, "stamped": stamped, "dtype": str(dtype)}
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    digest.update(images.y.cpu().numpy().tobytes())
+    digest.update(images.x[:16].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
