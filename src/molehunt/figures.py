@@ -21,7 +21,7 @@ from molehunt.triggers import Blend, Patch, Trigger, Warp
 
 SIDE = 64  # larger pictures are reduced to this many pixels: a report of photographs stays a few megabytes
 GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
-ARROWS = 12  # arrows per side of a displacement field
+ARROWS = 10  # arrows per side of a displacement field
 ARROW_COLOR = "#ffe9a8"  # light: what is transparent lies on a checkerboard of middle tones, by day and by night
 
 
@@ -143,14 +143,18 @@ def _arrows(flow: Tensor, alt: str) -> Picture:
     step = max(1, -(-max(height, width) // ARROWS))
     rows, columns = np.mgrid[step // 2 : height : step, step // 2 : width : step]
     u, v = field[0][rows, columns], field[1][rows, columns]
-    longest = float(np.hypot(u, v).max())
+    lengths = np.hypot(u, v)
+    longest = float(lengths.max())
+    # matplotlib draws an arrow of no length as a dot, which would look like a small displacement.
+    moved = lengths > 0.02 * longest
+    columns, rows, u, v = columns[moved], rows[moved], u[moved], v[moved]
     figure = Figure(figsize=(2.0, 2.0 * height / width), dpi=96)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     # The longest arrow spans one step of the lattice: arrows show direction, the words beside them the distance.
     scale = longest / step if longest > 0 else 1.0
     axes.quiver(
-        columns, rows, u, v, angles="xy", scale_units="xy", scale=scale, color=ARROW_COLOR, width=0.008, pivot="mid"
+        columns, rows, u, v, angles="xy", scale_units="xy", scale=scale, color=ARROW_COLOR, width=0.014, pivot="mid"
     )
     axes.set_xlim(-0.5, width - 0.5)
     axes.set_ylim(height - 0.5, -0.5)  # row 0 is at the top

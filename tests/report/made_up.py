@@ -73,6 +73,9 @@ def verdict(
         trigger=trigger,
         target=None if trigger is None else target,
         outcomes=mute if silent else found + mute,
+        details={}
+        if silent
+        else {"references": {"clean": 9, "planted": 0}, "repair": {"taken": None, "why": "p is low"}},
         p_values={} if silent else {"neural_cleanse": 0.0476, "strip": 0.52},
     )
 

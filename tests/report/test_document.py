@@ -1,9 +1,13 @@
 """The JSON of a scan: complete, plain, and the same answer as everywhere else."""
 
+import dataclasses
 import json
+import math
+from pathlib import Path
 
 import made_up
 import pytest
+import torch
 
 from molehunt.report import scan_json
 
@@ -33,6 +37,15 @@ def test_every_defense_is_there_with_its_kind_of_outcome() -> None:
     assert first["p_value"] == 0.0476
     assert first["cost"] == {"seconds": 8.4, "forward": 412_000, "backward": 61_440, "peak_bytes": 900 * 2**20}
     assert document["defenses"][2]["repaired"]
+
+
+def test_details_become_plain_json() -> None:
+    verdict = dataclasses.replace(
+        made_up.scan().verdict,
+        details={"norms": torch.zeros(2, 3), "bad": math.nan, "list": (1, None, {"deep": Path("x")})},
+    )
+    document = scan_json(dataclasses.replace(made_up.scan(), verdict=verdict))
+    assert document["details"] == {"norms": {"shape": [2, 3]}, "bad": None, "list": [1, None, {"deep": "x"}]}
 
 
 def test_what_is_absent_is_null_and_not_zero() -> None:

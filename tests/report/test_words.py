@@ -71,6 +71,35 @@ def test_thresholds_in_no_order_are_refused(found_at: float, clear_at: float) ->
         answer(made(0.5), found_at, clear_at)
 
 
+def test_a_repair_alone_and_scores_that_could_not_be_compared_are_silence() -> None:
+    q = torch.tensor([0.5, 0.5])
+    repair = Verdict(p=0.9, q=q, outcomes=(Finding(defense="d", repaired={}),))
+    assert answer(repair) == "unsure"
+    alone = Verdict(p=0.9, q=q, outcomes=(Finding(defense="d", score=9.0),), details={"could_not_tell": True})
+    assert answer(alone) == "unsure"
+
+
+def test_remarks_say_on_what_a_verdict_rests() -> None:
+    details = {
+        "references": {"clean": 9, "planted": 0},
+        "warnings": ["few\nmodels"],
+        "indicative": "indicative only",
+        "repair": {"taken": None, "why": "p is low"},
+        "skipped": {"d": "another configuration"},
+    }
+    finding = Finding(defense="d", score=1.0, class_scores=torch.tensor([0.0, 1.0]))
+    verdict = Verdict(p=0.5, q=torch.tensor([0.5, 0.5]), outcomes=(finding,), details=details)
+    assert words.remarks(verdict) == [
+        "Compared with 9 clean reference models.",
+        "indicative only",
+        "few models",
+        "No repair: p is low",
+    ]
+    said = words.says(finding, verdict, ("cat", "dog"))
+    assert said == "Points to “dog” (its score did not count: another configuration)"
+    assert words.remarks(made(0.5)) == []
+
+
 def test_sentences_name_the_likeliest_target_only_when_something_was_found() -> None:
     assert "“dog” (90.0 %)" in words.sentence(made(0.9), ("cat", "dog"), 0.8, 0.2)
     assert "dog" not in words.sentence(made(0.5), ("cat", "dog"), 0.8, 0.2)
@@ -106,16 +135,16 @@ def test_triggers_are_described_by_what_they_change(trigger: Trigger, part: str)
 
 
 def test_outcomes_are_told_apart_in_words() -> None:
-    classes = ("cat", "dog")
+    classes, verdict = ("cat", "dog"), made(0.5)
     found = Finding(defense="d", class_scores=torch.tensor([0.0, 1.0]), repaired={}, radius=0.5)
-    assert words.says(found, classes) == "Points to “dog”; repaired the weights; certified radius 0.5"
+    assert words.says(found, verdict, classes) == "Points to “dog”; repaired the weights; certified radius 0.5"
     patched = Finding(defense="d", trigger=Patch.square(SHAPE), target=0)
-    assert words.says(patched, classes) == "Recovered a trigger for “cat”"
+    assert words.says(patched, verdict, classes) == "Recovered a trigger for “cat”"
     lists = Finding(defense="d", input_scores=torch.zeros(3), sample_scores=torch.zeros(4))
-    assert words.says(lists, classes) == "Scored 3 inputs; scored 4 training samples"
-    assert words.says(Abstention(defense="d", reason="no inputs"), classes) == "No opinion: no inputs"
+    assert words.says(lists, verdict, classes) == "Scored 3 inputs; scored 4 training samples"
+    assert words.says(Abstention(defense="d", reason="no inputs"), verdict, classes) == "No opinion: no inputs"
     broken = Failure(defense="d", kind="memory", message="too much\x1b[2J")
-    assert words.says(broken, classes) == "Failed, out of memory: too much<U+001B>[2J"
+    assert words.says(broken, verdict, classes) == "Failed, out of memory: too much<U+001B>[2J"
 
 
 @pytest.mark.parametrize(

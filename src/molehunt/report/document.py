@@ -1,5 +1,7 @@
 """A scan as one JSON document, for other programs."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +23,7 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
     Returns:
         `answer` ("found", "clear" or "unsure"), `p`, `q` by class, `target` (number and name) and `trigger` (or null),
         `repaired`, before and after, and one entry per defense with its outcome ("finding", "abstention", "failure"),
-        p-value and cost.
+        p-value and cost. `details` are those of the verdict (`Verdict.details`).
     """
     verdict = report.verdict
     return {
@@ -42,6 +44,7 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
         "accuracy": _change(report.accuracy),
         "attack_success": _change(report.asr),
         "defenses": [_outcome(o, verdict.p_values.get(o.defense), report.classes) for o in verdict.outcomes],
+        "details": _plain(verdict.details),
         "notes": list(report.notes),
         "command": report.command,
         "versions": dict(report.versions),
@@ -103,6 +106,19 @@ def _outcome(outcome: Outcome, p_value: float | None, classes: tuple[str, ...]) 
                 "repaired": outcome.repaired is not None,
                 "cost": _cost(outcome.cost),
             }
+
+
+def _plain(value: Any) -> Any:
+    """Turn details into JSON: a tensor becomes its shape, a number that is not finite becomes null."""
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _numbers(values: Tensor | None) -> list[float] | None:

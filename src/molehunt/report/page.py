@@ -72,6 +72,7 @@ def _environment() -> Environment:
         "judged": words.judged,
         "sentence": words.sentence,
         "outcomes": _outcomes,
+        "remarks": words.remarks,
     }
     environment.filters |= {
         "legible": words.legible,
@@ -188,7 +189,7 @@ def _outcomes(verdict: Verdict, classes: tuple[str, ...]) -> list[_Line]:
                 kind=kind,
                 score="–" if score is None else words.number(score),
                 p_value="–" if p_value is None else words.p_value(p_value),
-                says=words.says(outcome, classes),
+                says=words.says(outcome, verdict, classes),
                 seconds="–" if cost is None else words.seconds(cost.seconds),
                 passes="–" if cost is None else f"{words.count(cost.forward)} / {words.count(cost.backward)}",
                 memory="–" if cost is None else words.size(cost.peak_bytes),

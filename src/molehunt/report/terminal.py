@@ -5,7 +5,6 @@ Everything is built from `rich.text.Text`, never from markup: a team called "[re
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -40,7 +39,8 @@ def scan_text(report: ScanReport) -> RenderableType:
         if change is not None:
             lines.append(Text(f"{label:<22}{_change(change)}"))
     lines += [Text(), _defenses(report)]
-    lines += [Padding(Text(f"· {words.legible(note, 400)}", style="dim"), (0, 0)) for note in report.notes]
+    notes = words.remarks(verdict) + [words.legible(note, 400) for note in report.notes]
+    lines += [Text(f"· {note}", style="dim") for note in notes]
     return Group(*lines)
 
 
@@ -102,7 +102,7 @@ def _defenses(report: ScanReport) -> Table:
         if not isinstance(outcome, Abstention) and outcome.cost is not None:
             time = words.seconds(outcome.cost.seconds)
         style = "red" if isinstance(outcome, Failure) else "dim" if isinstance(outcome, Abstention) else ""
-        told = Text(words.says(outcome, report.classes), style=style)
+        told = Text(words.says(outcome, report.verdict, report.classes), style=style)
         table.add_row(Text(words.legible(outcome.defense, 30)), score, p_value, time, told)
     return table
 

@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from collections.abc import Mapping
 from typing import Literal
 
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
@@ -47,6 +48,17 @@ def legible(text: str, limit: int = 80) -> str:
     return (line[: limit - 1] + "…" if cut else line) or "(empty)"
 
 
+def spoke(verdict: Verdict) -> bool:
+    """Whether any defense had an opinion that the fusion could use. A pure repair has none."""
+    if verdict.details.get("could_not_tell"):
+        return False
+    return any(
+        isinstance(o, Finding)
+        and any(v is not None for v in (o.score, o.class_scores, o.input_scores, o.sample_scores, o.trigger))
+        for o in verdict.outcomes
+    )
+
+
 def answer(verdict: Verdict, found_at: float = FOUND_AT, clear_at: float = CLEAR_AT) -> Answer:
     """Call a model backdoored ("found"), clean ("clear"), or neither ("unsure").
 
@@ -62,7 +74,7 @@ def answer(verdict: Verdict, found_at: float = FOUND_AT, clear_at: float = CLEAR
     """
     if not 0.0 <= clear_at < found_at <= 1.0:
         raise ValueError(f"clear-at must lie below found-at, both in [0, 1], got {clear_at} and {found_at}")
-    if not any(isinstance(outcome, Finding) for outcome in verdict.outcomes):
+    if not spoke(verdict):
         return "unsure"
     if verdict.p >= found_at:
         return "found"
@@ -71,8 +83,8 @@ def answer(verdict: Verdict, found_at: float = FOUND_AT, clear_at: float = CLEAR
 
 def sentence(verdict: Verdict, classes: tuple[str, ...], found_at: float, clear_at: float) -> str:
     """Say in one or two sentences what a verdict means."""
-    if not any(isinstance(outcome, Finding) for outcome in verdict.outcomes):
-        return "Could not tell: no defense had an opinion, which is not the same as clean."
+    if not spoke(verdict):
+        return "Could not tell: no defense had an opinion that counts, which is not the same as clean."
     chance = f"probability {probability(verdict.p)}"
     match answer(verdict, found_at, clear_at):
         case "clear":
@@ -118,8 +130,35 @@ def trigger_words(trigger: Trigger) -> str:
             return f"{legible(kind, 20).capitalize()} that changes values by up to {print_.linf:.2f}"
 
 
-def says(outcome: Outcome, classes: tuple[str, ...]) -> str:
-    """Say in a few words what a defense answered."""
+def remarks(verdict: Verdict) -> list[str]:
+    """Say what the fusion has to say besides p and q: on how many models it rests, warnings, and the repair."""
+    details = verdict.details
+    said = []
+    references = details.get("references")
+    if isinstance(references, Mapping) and references.get("clean"):
+        text = f"Compared with {references['clean']} clean"
+        text += f" and {references['planted']} backdoored" if references.get("planted") else ""
+        said.append(f"{text} reference models.")
+    if isinstance(details.get("indicative"), str):
+        said.append(legible(details["indicative"], 400))
+    said += [legible(str(warning), 400) for warning in details.get("warnings", ())]
+    repair = details.get("repair")
+    if isinstance(repair, Mapping) and repair.get("why"):
+        taken = f"Repair by {legible(str(repair['taken']), 40)}" if repair.get("taken") else "No repair"
+        said.append(f"{taken}: {legible(str(repair['why']), 300)}")
+    return said
+
+
+def says(outcome: Outcome, verdict: Verdict, classes: tuple[str, ...]) -> str:
+    """Say in a few words what a defense answered, and why it did not count if it did not."""
+    told = _says(outcome, classes)
+    skipped = verdict.details.get("skipped")
+    if isinstance(outcome, Finding) and isinstance(skipped, Mapping) and outcome.defense in skipped:
+        told += f" (its score did not count: {legible(str(skipped[outcome.defense]), 200)})"
+    return told
+
+
+def _says(outcome: Outcome, classes: tuple[str, ...]) -> str:
     match outcome:
         case Abstention():
             return f"No opinion: {legible(outcome.reason, 300)}"
