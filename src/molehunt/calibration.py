@@ -1,27 +1,24 @@
-"""From raw scores to probabilities: conformal p-values against reference models, and what a p-value is worth.
+"""Reference populations: how the defenses score models whose truth is known, kept as JSON.
 
-Nothing is assumed about the distribution of a score: a suspect is ranked among clean models that were trained and
-examined in the same way. If it is clean too, every rank is equally likely. docs/reference/verdict.md derives the rest.
+Scores are comparable only where task, network, recipe and the settings of the defense are the same, so a population
+records all of them.
 """
 
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from molehunt import strict_json
+from molehunt.defenses.contract import Defense
+from molehunt.files import write_atomically
 from molehunt.findings import Finding, Outcome
+from molehunt.runner import configuration
 
 FORMAT = 1
-STRENGTHS = tuple(0.505 + 0.01 * i for i in range(50))
-"""How well the defenses may separate backdoored from clean models (AUC): from coin tossing to perfect, evenly."""
-INDICATIVE = 19
-"""An assumed null distribution counts as no more than so many reference models."""
 
 
 def statistic(finding: Finding) -> float | None:
@@ -33,153 +30,6 @@ def statistic(finding: Finding) -> float | None:
     if finding.score is not None:
         return finding.score
     return None if finding.class_scores is None else float(finding.class_scores.max())
-
-
-def conformal(score: float, references: Sequence[float]) -> float:
-    """Conformal p-value (1 + #{references >= score}) / (n + 1) of a raw score, in [1 / (n + 1), 1].
-
-    Small is suspicious. Ties count against suspicion. If the suspect is clean and exchangeable with the n clean
-    references, the p-value is at most u with probability at most u, for every u.
-
-    Raises:
-        ValueError: no references, or a number that is not finite.
-    """
-    if not references:
-        raise ValueError("there are no reference scores to compare with")
-    if not all(map(math.isfinite, [score, *references])):
-        raise ValueError(f"scores must be finite, got {score} and references {list(references)}")
-    return (1 + sum(r >= score for r in references)) / (len(references) + 1)
-
-
-def combined(scores: Sequence[float], references: Sequence[Sequence[float]]) -> float:
-    """One conformal p-value from several dependent scores of a suspect, exact for finitely many references.
-
-    Suspect and references are pooled; every model gets, per defense, its share of pooled models that score at least
-    as high, and the harmonic mean of its shares. The answer is the share of pooled models whose harmonic mean is at
-    most the suspect's. Since the pool treats all its members alike, the answer is valid however the scores depend on
-    each other. With one score it equals `conformal`.
-
-    Args:
-        scores: m raw scores of the suspect.
-        references: n rows of m raw scores.
-
-    Raises:
-        ValueError: no scores, no references, rows of another length, or numbers that are not finite.
-
-    Reference:
-        Wilson, "The harmonic mean p-value for combining dependent tests", PNAS 2019, for the statistic alone.
-    """
-    rows = [list(row) for row in references]
-    if not scores or not rows or any(len(row) != len(scores) for row in rows):
-        raise ValueError(f"expected rows of {len(scores)} >= 1 scores, got lengths {sorted({len(r) for r in rows})}")
-    pool = torch.tensor([list(scores), *rows], dtype=torch.float64)
-    if not bool(torch.isfinite(pool).all()):
-        raise ValueError("scores must be finite")
-    # Counts, not shares: sums of 1 / count are equal for equal counts, so ties stay ties.
-    counts = (pool.unsqueeze(0) >= pool.unsqueeze(1)).sum(1).double()
-    evidence = (1.0 / counts).sort(1).values.sum(1)
-    return float((evidence >= evidence[0] - 1e-12).double().mean())
-
-
-def chance(count: int, references: int, strength: float) -> float:
-    """Probability that exactly `count` of n clean references score at least as high as a backdoored model.
-
-    Let U be the share of all clean models that score at least as high as the backdoored one. Its density is taken as
-    a u^(a-1), Beta(a, 1) with a = 1 / strength - 1, which is the member of that family with AUC = strength; given U,
-    the count is binomial. So the answer is a C(n, count) B(count + a, n - count + 1). For a clean model U is uniform
-    and the answer 1 / (n + 1).
-
-    Raises:
-        ValueError: a count outside 0..n, or a strength outside [0.5, 1).
-    """
-    if not 0 <= count <= references or not 0.5 <= strength < 1.0:
-        raise ValueError(f"expected 0 <= count <= n and 0.5 <= strength < 1, got {count}, {references}, {strength}")
-    a = 1.0 / strength - 1.0
-    choose = math.lgamma(references + 1) - math.lgamma(count + 1) - math.lgamma(references - count + 1)
-    spread = math.lgamma(count + a) + math.lgamma(references - count + 1) - math.lgamma(references + 1 + a)
-    return a * math.exp(choose + spread)
-
-
-def posterior(p_value: float, references: int, *, prior: float = 0.5, planted: Sequence[float] = ()) -> float:
-    """Probability that a model is backdoored, given its conformal p-value among n clean references.
-
-    How strong the defenses are against whatever may be hidden is not known: before anything else every AUC between
-    0.5 and 1 counts the same (`STRENGTHS`). Reference models with known backdoors say more: their p-values weigh the
-    strengths. The answer is Bayes' rule with `chance` under both hypotheses, clipped to [1 / (N + 2), 1 - 1 / (N + 2)]
-    for N reference models in all, and to [0.01, 0.99].
-
-    Args:
-        p_value: (1 + count) / (n + 1), as `conformal` and `combined` give it.
-        references: n, the clean references behind it.
-        prior: share of backdoored models among those that are asked about, in (0, 1).
-        planted: p-values of known-backdoored reference models among the same n clean ones.
-
-    Raises:
-        ValueError: a prior outside (0, 1), or a p-value that n references cannot give.
-    """
-    if not 0.0 < prior < 1.0:
-        raise ValueError(f"the prior must lie strictly between 0 and 1, got {prior}")
-    known = [_count(p, references) for p in planted]
-    # Logarithms: a hundred planted models would underflow the plain product.
-    logs = [math.fsum(math.log(chance(k, references, s)) for k in known) for s in STRENGTHS]
-    weights = [math.exp(value - max(logs)) for value in logs]
-    count = _count(p_value, references)
-    hidden = math.fsum(w * chance(count, references, s) for w, s in zip(weights, STRENGTHS, strict=True))
-    factor = hidden / math.fsum(weights) * (references + 1)
-    least = max(0.01, 1.0 / (references + len(planted) + 2))
-    return min(1.0 - least, max(least, prior * factor / (prior * factor + 1.0 - prior)))
-
-
-def _count(p_value: float, references: int) -> int:
-    """References that score at least as high, out of a conformal p-value."""
-    count = round(p_value * (references + 1)) - 1
-    if references < 1 or not 0 <= count <= references or abs((count + 1) / (references + 1) - p_value) > 1e-9:
-        raise ValueError(f"{references} references cannot give the p-value {p_value}")
-    return count
-
-
-def shift(p: float, *, old: float, new: float) -> float:
-    """Restate a probability under another prior: logit p + logit new - logit old.
-
-    Raises:
-        ValueError: a number outside (0, 1).
-    """
-    if not all(0.0 < value < 1.0 for value in (p, old, new)):
-        raise ValueError(f"p and priors must lie strictly between 0 and 1, got {p}, {old}, {new}")
-    odds = p / (1 - p) * new / (1 - new) * (1 - old) / old
-    return odds / (1.0 + odds)
-
-
-@cache
-def index_null(classes: int) -> torch.Tensor:
-    """Sorted anomaly indices of simulated clean models: `classes` independent normal log norms each.
-
-    Simulated once per process and number of classes, always with the same draws. Real networks have classes that are
-    easier to reach than others, so their indices tend to be larger: what follows from this is *indicative*.
-
-    Raises:
-        ValueError: fewer than three classes, for which a robust deviation says nothing.
-    """
-    if classes < 3:
-        raise ValueError(f"an anomaly index needs at least 3 classes, got {classes}")
-    rng = torch.Generator().manual_seed(classes)
-    draws = max(2_000, min(20_000, 4_000_000 // classes))
-    norms = torch.randn(draws, classes, generator=rng, dtype=torch.float64)
-    middle = norms.quantile(0.5, dim=1, keepdim=True)
-    deviation = 1.4826 * (norms - middle).abs().quantile(0.5, dim=1)
-    return ((middle.squeeze(1) - norms.min(1).values) / deviation).sort().values
-
-
-def indicative(index: float, classes: int) -> float:
-    """p-value of Neural Cleanse's anomaly index where no reference models exist, in steps of 1 / 20.
-
-    The share of simulated clean models (`index_null`) with at least this index, rounded up to what `INDICATIVE`
-    reference models could have shown: an assumption is not worth more than a few real models.
-    """
-    null = index_null(classes)
-    exceed = len(null) - int(torch.searchsorted(null, torch.tensor(index, dtype=null.dtype)))
-    share = (1 + exceed) / (len(null) + 1)
-    return math.ceil(share * (INDICATIVE + 1) - 1e-12) / (INDICATIVE + 1)
 
 
 def settings(finding: Finding) -> dict[str, Any]:
@@ -203,7 +53,7 @@ class Reference:
     """
 
     seed: int
-    scores: Mapping[str, float | None]
+    scores: Mapping[str, float | None] = field(default_factory=dict)
     accuracy: float | None = None
     attack: str | None = None
 
@@ -214,13 +64,13 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class References:
-    """A population of reference models: one task, one network, one recipe, each defense in one configuration.
+class Population:
+    """Reference models of one task, one network and one recipe, each defense in one configuration.
 
     Attributes:
         task: name of the task.
         network: name of the network.
-        recipe: how the models were trained, as JSON.
+        recipe: how the models were trained: a recipe's name or its JSON.
         models: the models, clean and known-backdoored ones.
         defenses: by defense, the settings under which it scored them (see `settings`).
         versions: of the programs that trained and scored.
@@ -229,8 +79,8 @@ class References:
 
     task: str
     network: str
-    models: tuple[Reference, ...]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Any = ""
+    models: tuple[Reference, ...] = ()
     defenses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
@@ -245,72 +95,21 @@ class References:
         """The models with a known backdoor."""
         return tuple(m for m in self.models if m.attack is not None)
 
-    @classmethod
-    def of(
-        cls,
-        task: str,
-        network: str,
-        examined: Iterable[tuple[Reference, Sequence[Outcome]]],
-        *,
-        recipe: Mapping[str, Any] | None = None,
-    ) -> "References":
-        """Collect a population from what the defenses answered about every reference model.
+    def column(self, defense: str) -> list[float]:
+        """Scores of one defense on the clean models that have one."""
+        return [s for m in self.clean if (s := m.scores.get(defense)) is not None]
 
-        Args:
-            task: name of the task.
-            network: name of the network.
-            examined: per model its reference, with or without scores, and its outcomes. Their scores are filled in.
-            recipe: how the models were trained.
-
-        Raises:
-            ValueError: a defense ran in different settings or number formats.
-        """
-        models: list[Reference] = []
-        seen: dict[str, Any] = {}
-        versions: dict[str, str] = {}
-        dtypes: set[str] = set()
-        for model, outcomes in examined:
-            scores = dict(model.scores)
-            for outcome in outcomes:
-                scores[outcome.defense] = None
-                if not isinstance(outcome, Finding) or (score := statistic(outcome)) is None:
-                    continue
-                scores[outcome.defense] = score
-                if seen.setdefault(outcome.defense, settings(outcome)) != settings(outcome):
-                    raise ValueError(f"{outcome.defense} scored the reference models in different settings")
-                versions.update(outcome.record.get("versions", {}))
-                dtypes.add(outcome.record.get("dtype", "float32"))
-            models.append(replace(model, scores=scores))
-        if len(dtypes) > 1:
-            raise ValueError(f"the reference models were scored in different number formats: {sorted(dtypes)}")
-        return cls(
-            task=task,
-            network=network,
-            models=tuple(models),
-            recipe=dict(recipe or {}),
-            defenses=seen,
-            versions=versions,
-            dtype=dtypes.pop() if dtypes else "float32",
-        )
+    def table(self, defenses: Sequence[str], *, planted: bool = False) -> list[list[float]]:
+        """Scores of several defenses, one row per clean (or per planted) model that has all of them."""
+        rows = [[m.scores.get(d) for d in defenses] for m in (self.planted if planted else self.clean)]
+        return [[s for s in row if s is not None] for row in rows if None not in row]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "format": FORMAT,
-            "task": self.task,
-            "network": self.network,
-            "recipe": dict(self.recipe),
-            "defenses": {name: dict(value) for name, value in self.defenses.items()},
-            "versions": dict(self.versions),
-            "dtype": self.dtype,
-            "models": [
-                {"seed": m.seed, "attack": m.attack, "accuracy": m.accuracy, "scores": dict(m.scores)}
-                for m in self.models
-            ],
-        }
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
-    def from_json(cls, document: Any) -> "References":
+    def from_json(cls, document: Any) -> "Population":
         """Make a population again from what `to_json` gave.
 
         Raises:
@@ -318,6 +117,9 @@ class References:
         """
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise ValueError(f"expected a reference population of format {FORMAT}")
+        expected = {"format", *(f.name for f in fields(cls))}
+        if document.keys() != expected:
+            raise ValueError(f"a population has the fields {sorted(expected)}, got {sorted(document)}")
         try:
             models = tuple(
                 Reference(
@@ -331,26 +133,97 @@ class References:
             return cls(
                 task=str(document["task"]),
                 network=str(document["network"]),
-                recipe=dict(document["recipe"]),
+                recipe=document["recipe"],
+                models=models,
                 defenses={str(k): dict(v) for k, v in document["defenses"].items()},
                 versions={str(k): str(v) for k, v in document["versions"].items()},
                 dtype=str(document["dtype"]),
-                models=models,
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a reference population: {type(error).__name__}: {error}") from None
 
-    def save(self, path: Path) -> None:
-        """Write the population as JSON; either the whole new file is there afterwards or the old one."""
-        partial = path.with_name(path.name + ".part")
-        partial.write_text(json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
 
-    @classmethod
-    def load(cls, path: Path) -> "References":
-        """Read what `save` wrote.
+def population(
+    rows: Iterable[Mapping[str, Outcome]],
+    *,
+    task: str,
+    network: str,
+    recipe: Any = "",
+    models: Sequence[Reference] | None = None,
+) -> Population:
+    """Collect a population from what the defenses answered about every reference model.
 
-        Raises:
-            ValueError: the file is no such population.
-        """
-        return cls.from_json(strict_json.loads(path.read_bytes(), limit=2**26))
+    Args:
+        rows: per model its outcomes by defense.
+        task: name of the task.
+        network: name of the network.
+        recipe: how the models were trained: a recipe's name or its JSON.
+        models: what is known of each model (seed, accuracy, attack), in the order of the rows; their scores are filled
+            in. By default all are clean and numbered from 0.
+
+    Raises:
+        ValueError: another number of models than rows, or a defense ran in different settings or number formats.
+    """
+    listed = list(rows)
+    known = list(models) if models is not None else [Reference(seed=i) for i in range(len(listed))]
+    if len(known) != len(listed):
+        raise ValueError(f"expected one row per model, got {len(listed)} rows for {len(known)} models")
+    scored: list[Reference] = []
+    defenses: dict[str, dict[str, Any]] = {}
+    versions: dict[str, str] = {}
+    dtypes: set[str] = set()
+    for model, row in zip(known, listed, strict=True):
+        scores: dict[str, float | None] = dict(model.scores)
+        for name, outcome in row.items():
+            scores[name] = statistic(outcome) if isinstance(outcome, Finding) else None
+            if not isinstance(outcome, Finding) or scores[name] is None:
+                continue
+            if defenses.setdefault(name, settings(outcome)) != settings(outcome):
+                raise ValueError(f"{name} scored the reference models in different settings")
+            versions.update(outcome.record.get("versions", {}))
+            dtypes.add(outcome.record.get("dtype", "float32"))
+        scored.append(replace(model, scores=scores))
+    if len(dtypes) > 1:
+        raise ValueError(f"the reference models were scored in different number formats: {sorted(dtypes)}")
+    return Population(
+        task=task,
+        network=network,
+        recipe=recipe,
+        models=tuple(scored),
+        defenses=defenses,
+        versions=versions,
+        dtype=dtypes.pop() if dtypes else "float32",
+    )
+
+
+def save(population: Population, path: Path) -> None:
+    """Write a population as JSON; either the whole new file is there afterwards or the old one."""
+    write_atomically(path, [json.dumps(population.to_json(), indent=1, allow_nan=False).encode() + b"\n"])
+
+
+def load(path: Path) -> Population:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file is no such population.
+    """
+    return Population.from_json(strict_json.loads(path.read_bytes(), limit=2**26))
+
+
+def shipped(task: str, network: str, defenses: Mapping[str, Defense] | None = None) -> Population | None:
+    """Return the population that comes with the package for a task and a network; None if there is none.
+
+    Args:
+        task: name of the task.
+        network: name of the network.
+        defenses: those that will be asked, by name. If one of them has other settings than when it scored the shipped
+            models, its score could not be compared, so the answer is None: score references anew.
+    """
+    path = files("molehunt").joinpath("populations", f"{task}-{network}.json".replace(":", "-"))
+    if not path.is_file():
+        return None
+    found = Population.from_json(strict_json.loads(path.read_bytes(), limit=2**26))
+    for name, defense in (defenses or {}).items():
+        if name in found.defenses and configuration(defense) != found.defenses[name]["configuration"]:
+            return None
+    return found

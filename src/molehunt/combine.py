@@ -1,0 +1,312 @@
+"""From many outcomes to one verdict: calibrated fusion, the likeliest class, the best trigger, a measured repair.
+
+A first, honest fusion: conformal p-values against clean reference models, combined by rank. It claims no more than the
+reference models support, and says when it cannot tell.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molehunt.calibration import Population, settings, statistic
+from molehunt.conformal import INDICATIVE, combined, conformal, indicative, posterior
+from molehunt.defenses._statistics import median, spread
+from molehunt.findings import Abstention, Failure, Finding, Outcome, State, Verdict
+from molehunt.suspect import BATCH, Suspect
+from molehunt.tasks import Images
+from molehunt.triggers import Trigger, fits
+
+REPAIR_FROM = 0.2
+"""Below this p the submitted weights stand: do no harm."""
+DROP = 0.05
+"""Clean accuracy that a repair may cost on held-out images, as a share."""
+UNIFORM = 0.02
+"""Share of q that is spread evenly over all classes, so that no class is ever ruled out."""
+COVERAGE = 0.8
+"""Share of the clean reference models that must have a score of a defense for it to join the combination."""
+INDICATIVE_RANGE = (0.21, 0.79)
+"""Without reference models p stays in here: within what the scanner calls "could not tell"."""
+
+
+@dataclass(kw_only=True)
+class _Evidence:
+    """What the scores say, before it becomes a verdict."""
+
+    p: float
+    p_values: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Recovered:
+    """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured."""
+
+    defense: str
+    trigger: Trigger
+    target: int
+    asr: float | None
+
+    @property
+    def weight(self) -> float:
+        """Share of the picture that it replaces, opacity times area."""
+        return self.trigger.footprint().weight
+
+    @property
+    def merit(self) -> float:
+        """Held-out success rate minus half the weight; what was not measured counts as no success."""
+        return (self.asr or 0.0) - 0.5 * self.weight
+
+
+def verdict(
+    answers: Iterable[Outcome],
+    population: Population | None = None,
+    *,
+    classes: int,
+    prior: float = 0.5,
+    suspect: Suspect | None = None,
+    held_out: Images | None = None,
+) -> Verdict:
+    """Fuse the outcomes of all defenses on one model into one verdict.
+
+    p is the posterior probability (`conformal.posterior`) given the combined conformal p-value of all defenses that
+    have reference scores in the same settings. Abstentions, failures and defenses without comparable references are
+    left out and named in `details["skipped"]`; they are never read as "clean". If nothing is left, p is the prior
+    and `details["could_not_tell"]` is true. Without any reference population Neural Cleanse's index alone is
+    compared with simulated clean models; then `details["indicative"]` says so and p stays within `INDICATIVE_RANGE`.
+
+    q is `class_probabilities`. The trigger is, among those for the likeliest class (among all where there is none for
+    it), the one with the largest held-out success rate minus half its weight. A repair is taken if p is at least
+    `REPAIR_FROM` and it loses at most `DROP` of clean accuracy on the held-out images; among several the one under
+    which the recovered trigger that still works best works least.
+
+    The verdict does not depend on the order of the outcomes.
+
+    Args:
+        answers: what the defenses answered, one outcome each.
+        classes: K.
+        population: reference models of the suspect's task, network and recipe, without the suspect; None if there are
+            none.
+        prior: share of backdoored models among those that are asked about, in (0, 1).
+        suspect: the model, for measuring candidates and repairs; without it both are taken on trust, and said.
+        held_out: clean labeled images that no defense has seen.
+
+    Returns:
+        The verdict. `details` hold: `prior`, `could_not_tell`, `combined_p_value`, `references` (their counts),
+        `skipped` (reason by defense), `candidates` (one row each), `repair` (what was done, accuracy before and
+        after), `warnings`, and `indicative` where it applies.
+
+    Raises:
+        ValueError: a defense that answers twice, class scores of another length, a prior outside (0, 1), or references
+            of another task.
+    """
+    outcomes = tuple(answers)
+    names = [o.defense for o in outcomes]
+    if len(set(names)) != len(names):
+        raise ValueError(f"every defense answers once, got {names}")
+    if not 0.0 < prior < 1.0:
+        raise ValueError(f"the prior must lie strictly between 0 and 1, got {prior}")
+    if population is not None and suspect is not None and population.task != suspect.task.name:
+        raise ValueError(f"the references are of task {population.task!r}, the suspect of {suspect.task.name!r}")
+    findings = sorted((o for o in outcomes if isinstance(o, Finding)), key=lambda f: f.defense)
+    evidence = _weigh(findings, population, prior, classes)
+    evidence.skipped |= {o.defense: _silence(o) for o in outcomes if not isinstance(o, Finding)}
+    q = class_probabilities(findings, evidence.p_values, classes)
+    recovered = [
+        _Recovered(
+            defense=f.defense, trigger=f.trigger, target=f.target, asr=_asr(f.trigger, f.target, suspect, held_out)
+        )
+        for f in findings
+        if f.trigger is not None and f.target is not None
+    ]
+    likeliest = [c for c in recovered if c.target == int(q.argmax())] or recovered
+    best = max(likeliest, key=lambda c: (c.merit, c.defense)) if likeliest else None
+    repaired, repair = _repair(findings, evidence.p, recovered, suspect, held_out)
+    return Verdict(
+        p=evidence.p,
+        q=q,
+        trigger=best.trigger if best else None,
+        target=best.target if best else None,
+        repaired=repaired,
+        outcomes=outcomes,
+        p_values=evidence.p_values,
+        details={
+            "prior": prior,
+            "could_not_tell": not evidence.p_values,
+            **evidence.details,
+            "skipped": evidence.skipped,
+            "warnings": evidence.warnings,
+            "candidates": [
+                {"defense": c.defense, "target": c.target, "asr": c.asr, "weight": c.weight, "chosen": c is best}
+                for c in recovered
+            ],
+            "repair": repair,
+        },
+    )
+
+
+def class_probabilities(findings: Sequence[Finding], p_values: Mapping[str, float], classes: int) -> Tensor:
+    """Return q (K,): softmax of the class-level evidence, mixed with `UNIFORM`; uniform where there is none.
+
+    A defense's class scores are taken in robust standard deviations from their median, cut at 5, and weighted by one
+    minus its p-value (by one half where it has none): what is no different on clean models says little about classes.
+
+    Raises:
+        ValueError: class scores of another length.
+    """
+    total = torch.zeros(classes, dtype=torch.float64)
+    for finding in findings:
+        if finding.class_scores is None:
+            continue
+        if len(finding.class_scores) != classes:
+            raise ValueError(f"{finding.defense}: expected {classes} class scores, got {len(finding.class_scores)}")
+        scores = finding.class_scores.double().cpu()
+        scale = spread(scores)
+        if scale > 0:
+            z = ((scores - median(scores)) / scale).clamp(-5.0, 5.0)
+            total += (1.0 - p_values.get(finding.defense, 0.5)) * z
+    return (1.0 - UNIFORM) * total.softmax(0) + UNIFORM / classes
+
+
+def _weigh(findings: Sequence[Finding], population: Population | None, prior: float, classes: int) -> _Evidence:
+    """Turn raw scores into p, and say on what it rests."""
+    evidence = _Evidence(p=prior)
+    scored = {f.defense: score for f in findings if (score := statistic(f)) is not None}
+    if population is None:
+        _weigh_alone(evidence, findings, scored, prior, classes)
+        return evidence
+    for finding in findings:
+        if finding.defense not in scored:
+            continue  # a pure repair has no opinion, and owes none
+        if reason := _incomparable(finding, population):
+            evidence.skipped[finding.defense] = reason
+            continue
+        evidence.p_values[finding.defense] = conformal(scored[finding.defense], population.column(finding.defense))
+        dtype = finding.record.get("dtype", population.dtype)
+        if dtype != population.dtype:
+            evidence.warnings.append(f"{finding.defense} worked in {dtype}, the references in {population.dtype}")
+    used = sorted(evidence.p_values)
+    while used and not population.table(used):
+        # Each has scores of most references, but no reference has all of them: give up the sparsest.
+        sparse = min(used, key=lambda d: (len(population.column(d)), d))
+        evidence.skipped[sparse] = "no reference model has a score of this and of all other defenses"
+        del evidence.p_values[sparse]
+        used.remove(sparse)
+    clean = population.table(used) if used else []
+    planted = population.table(used, planted=True) if used else []
+    p_value = combined([scored[d] for d in used], clean) if used else None
+    if p_value is not None:
+        known = [combined(row, clean) for row in planted]
+        evidence.p = posterior(p_value, len(clean), prior=prior, planted=known)
+    evidence.details = {
+        "combined_p_value": p_value,
+        "references": {"clean": len(clean), "planted": len(planted)},
+    }
+    return evidence
+
+
+def _weigh_alone(
+    evidence: _Evidence, findings: Sequence[Finding], scored: Mapping[str, float], prior: float, classes: int
+) -> None:
+    """Without reference models: Neural Cleanse's index against simulated ones, and no claim beyond "could not tell"."""
+    evidence.details = {"combined_p_value": None, "references": {"clean": 0, "planted": 0}}
+    evidence.skipped |= dict.fromkeys(scored, "there are no reference models to compare its score with")
+    norms = {f.defense: f.record.get("configuration", {}).get("norms", "log") for f in findings}
+    name = "neural_cleanse"
+    if name not in scored or norms[name] != "log" or classes < 3:
+        return
+    del evidence.skipped[name]
+    p_value = indicative(scored[name], classes)
+    least, most = INDICATIVE_RANGE
+    evidence.p_values[name] = p_value
+    evidence.p = min(max(posterior(p_value, INDICATIVE, prior=prior), min(least, prior)), max(most, prior))
+    evidence.details |= {
+        "combined_p_value": p_value,
+        "indicative": "indicative: no reference models for this network; Neural Cleanse's anomaly index was compared "
+        f"with simulated clean models of {classes} classes, so p stays between {least} and {most}",
+    }
+
+
+def _incomparable(finding: Finding, population: Population) -> str | None:
+    """Say why a score cannot be compared with the references'; None if it can."""
+    have, of = len(population.column(finding.defense)), len(population.clean)
+    if finding.defense not in population.defenses or have == 0:
+        return "no clean reference model has a score of it"
+    if have < COVERAGE * of:
+        return f"only {have} of {of} clean reference models have a score of it"
+    if settings(finding) != population.defenses[finding.defense]:
+        return "the reference models were scored in another configuration"
+    return None
+
+
+def _silence(outcome: Outcome) -> str:
+    """Say why a defense gave no finding."""
+    if isinstance(outcome, Failure):
+        return f"failed ({outcome.kind}): {outcome.message}"
+    return f"abstained: {outcome.reason}" if isinstance(outcome, Abstention) else ""
+
+
+def _asr(trigger: Trigger, target: int, suspect: Suspect | None, held_out: Images | None) -> float | None:
+    """Share of held-out images of other classes that the trigger sends to its class."""
+    if suspect is None or held_out is None or not fits(trigger, suspect.task.shape):
+        return None
+    x = held_out.x[held_out.y != target]
+    if len(x) == 0:
+        return None
+    hits = sum(
+        int((suspect.logits(trigger(x[i : i + BATCH])).argmax(1) == target).sum()) for i in range(0, len(x), BATCH)
+    )
+    return hits / len(x)
+
+
+def _repair(
+    findings: Sequence[Finding],
+    p: float,
+    recovered: Sequence[_Recovered],
+    suspect: Suspect | None,
+    held_out: Images | None,
+) -> tuple[State | None, dict[str, Any]]:
+    """Choose a repair, or none, and say why."""
+    offers = [f for f in findings if f.repaired is not None]
+    if not offers:
+        return None, {"taken": None, "why": "no defense offered a repair"}
+    if p < REPAIR_FROM:
+        return None, {"taken": None, "why": f"p = {p:.3f} is below {REPAIR_FROM}: the submitted weights stand"}
+    if suspect is None or held_out is None or len(held_out.y) == 0:
+        taken = offers[0]
+        return taken.repaired, {"taken": taken.defense, "why": "taken on trust: nothing to measure it on was given"}
+    before = _accuracy(suspect, held_out)
+    tried: list[dict[str, Any]] = []
+    best: tuple[float, float, str] | None = None
+    state: State | None = None
+    for offer in offers:
+        model = copy.deepcopy(suspect.model)
+        try:
+            model.load_state_dict(dict(offer.repaired or {}))
+        except RuntimeError as error:
+            tried.append({"defense": offer.defense, "accepted": False, "why": str(error).splitlines()[0]})
+            continue
+        cleaned = Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
+        after = _accuracy(cleaned, held_out)
+        rates = [_asr(c.trigger, c.target, cleaned, held_out) for c in recovered]
+        residual = max((rate for rate in rates if rate is not None), default=0.0)
+        accepted = after >= before - DROP
+        tried.append(
+            {"defense": offer.defense, "accepted": accepted, "accuracy_after": after, "residual_asr": residual}
+        )
+        merit = (residual, -after, offer.defense)
+        if accepted and (best is None or merit < best):
+            best, state = merit, offer.repaired
+    why = "lowest residual success of the recovered triggers" if best else f"no repair kept accuracy within {DROP}"
+    record: dict[str, Any] = {"taken": best[2] if best else None, "why": why, "accuracy_before": before}
+    return state, record | {"accuracy_after": -best[1] if best else before, "tried": tried}
+
+
+def _accuracy(suspect: Suspect, images: Images) -> float:
+    """Share of the images that are classified as their true class."""
+    return float((suspect.logits(images.x).argmax(1).cpu() == images.y.cpu()).double().mean())
