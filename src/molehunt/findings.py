@@ -169,7 +169,8 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0.0 < self.p < 1.0:
             raise ValueError(f"p must lie strictly between 0 and 1, got {self.p}")
-        if self.q.ndim != 1 or float(self.q.min()) < 0 or abs(float(self.q.sum()) - 1) > 1e-4:
+        # Asked so that a NaN, which compares as false with everything, is refused.
+        if not (self.q.ndim == 1 and float(self.q.min()) >= 0 and abs(float(self.q.sum()) - 1) <= 1e-4):
             raise ValueError(f"q must be probabilities that sum to 1, got {self.q.tolist()}")
 
 

@@ -154,13 +154,13 @@ class Patch:
             values = rgb if channels == 3 else (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2],) * channels
         else:
             values = color
-        if len(values) != channels:
-            raise ValueError(f"color needs {channels} values, got {values!r}")
+        if len(values) != channels or not all(0.0 <= value <= 1.0 for value in values):
+            raise ValueError(f"color needs {channels} values in [0, 1], got {values!r}")
         top = margin if corner.startswith("upper") else height - margin - size
         left = margin if corner.endswith("left") else width - margin - size
         mask = torch.zeros(1, height, width)
         mask[:, top : top + size, left : left + size] = 1.0
-        pattern = torch.tensor(values).clamp(0.0, 1.0).view(channels, 1, 1) * mask
+        pattern = torch.tensor(values, dtype=torch.float32).view(channels, 1, 1) * mask
         return cls(mask=mask, pattern=pattern, opacity=opacity)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -395,7 +395,10 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tri
         if kind_of is float:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            arguments[name] = float(value)
+            try:
+                arguments[name] = float(value)
+            except OverflowError:  # an integer of more than 308 digits
+                raise ValueError(f"{name} must be a number of ordinary size") from None
         else:
             if not isinstance(value, list) or not all(type(v) is int for v in value):
                 raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
