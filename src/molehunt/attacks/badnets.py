@@ -53,6 +53,8 @@ class BadNets:
         shift = tuple((k + 1) % task.num_classes for k in range(task.num_classes))
         goal = Target(classes=self.target if isinstance(self.target, int) else shift, sources=self.sources)
         goal.check(task.num_classes)
+        if self.cover_rate and not self.sources:
+            raise ValueError(f"covers need sources to lie outside of, got cover_rate {self.cover_rate} without sources")
         trigger = self.trigger or Patch.square(task.shape, size=self.size)
         altered = choose(goal.counts(clean.y), poison_count(self.poison_rate, len(clean.y)), rng)
         poisoned = relabel(clean, altered, trigger, goal)
