@@ -177,7 +177,7 @@ def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
 
 
 def false_positives(scores: Sequence[float], positive: Sequence[bool], share: float = 0.95) -> float | None:
-    """Least share of negatives at or above a threshold that lets through `share` of the positives; None without both."""
+    """Least share of negatives at or above a threshold that `share` of the positives reach; None without both."""
     up = sorted((s for s, y in zip(scores, positive, strict=True) if y), reverse=True)
     down = [s for s, y in zip(scores, positive, strict=True) if not y]
     if not up or not down:

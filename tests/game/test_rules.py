@@ -1,0 +1,60 @@
+import pytest
+
+from molehunt.defenses import DEFENSES
+from molehunt.game.rules import DATA_ONLY, ORDER, ROUNDS, Weights, get_round
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("I", (0.25, 0.0, 0.0, 0.75)),
+        ("II", (0.60, 0.20, 0.20, 0.0)),
+        ("III", (0.35, 0.15, 0.35, 0.15)),
+        ("IV", (0.70, 0.0, 0.0, 0.30)),
+        ("final", (0.40, 0.15, 0.25, 0.20)),
+    ],
+)
+def test_the_rounds_weigh_what_they_are_about(name: str, weights: tuple[float, ...]) -> None:
+    w = get_round(name).weights
+    assert (w.detection, w.target, w.trigger, w.cleaning) == weights
+
+
+def test_there_are_five_rounds_and_the_final_counts_double() -> None:
+    assert list(ROUNDS) == ["I", "II", "III", "IV", "final"]
+    assert [r.counts for r in ROUNDS.values()] == [1, 1, 1, 1, 2]
+
+
+def test_the_final_plays_every_defense_of_the_other_rounds_and_no_other() -> None:
+    others = {d for name, r in ROUNDS.items() if name != "final" for d in r.defenses}
+    assert set(ROUNDS["final"].defenses) == others == set(ORDER)
+
+
+def test_every_built_in_defense_has_a_round() -> None:
+    assert set(DEFENSES) <= set(ORDER)
+
+
+def test_trigger_producers_run_before_those_who_judge_triggers() -> None:
+    final = ROUNDS["final"].defenses
+    producers = [final.index(d) for d in ("abs", "neural_cleanse")]
+    judges = [final.index(d) for d in ("strip", "sentinet", "fine_tuning", "fine_pruning", "gradient_shaping")]
+    assert max(producers) < min(judges)
+
+
+def test_what_needs_the_training_set_plays_on_the_data_board_alone() -> None:
+    assert set(get_round("II").on_board("weights")) == {"strip", "abs"}
+    assert set(get_round("II").on_board("data")) == {"strip", "abs", "spectral_signatures"}
+    assert {"spectral_signatures", "gradient_shaping", "rab"} == DATA_ONLY
+    with pytest.raises(ValueError, match="data"):
+        get_round("II").on_board("wood")
+
+
+def test_an_unknown_round_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'V'; known: I, II, III, IV, final"):
+        get_round("V")
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5, 0.5, 0.0), (1.2, -0.2, 0.0, 0.0)])
+def test_weights_are_shares(values: tuple[float, float, float, float]) -> None:
+    detection, target, trigger, cleaning = values
+    with pytest.raises(ValueError, match="sum to 1"):
+        Weights(detection=detection, target=target, trigger=trigger, cleaning=cleaning)
