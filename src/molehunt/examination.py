@@ -1,0 +1,47 @@
+"""Run the defenses over one suspect, in the order in which they help each other."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+from molehunt.defenses import Defense
+from molehunt.findings import Candidate, Finding, Outcome
+from molehunt.suspect import Access, Suspect
+
+Inspect = Callable[[str, Defense, Suspect], Outcome]
+
+
+def judges_candidates(defense: Defense, suspect: Suspect) -> bool:
+    """Whether a defense has to wait for candidates: no other evidence that it accepts is granted."""
+    return not any(need <= suspect.grants - {Access.CANDIDATES} for need in defense.needs) and any(
+        Access.CANDIDATES in need for need in defense.needs
+    )
+
+
+def candidates(outcomes: Mapping[str, Outcome]) -> tuple[Candidate, ...]:
+    """Collect the triggers that defenses recovered, without a word about how sure they were."""
+    found = []
+    for name, outcome in outcomes.items():
+        if isinstance(outcome, Finding) and outcome.trigger is not None and outcome.target is not None:
+            found.append(Candidate(trigger=outcome.trigger, target=outcome.target, defense=name))
+    return tuple(found)
+
+
+def examine(suspect: Suspect, defenses: Mapping[str, Defense], inspect: Inspect) -> Iterator[tuple[str, Outcome]]:
+    """Yield every defense's outcome: first those that find triggers, then those that judge what was found.
+
+    Args:
+        suspect: the model and the evidence; its candidates, if any, are kept and the recovered ones added.
+        defenses: what to run, by name.
+        inspect: runs one defense and never raises for what the defense did: `runner.inspect` or an isolated one.
+    """
+    outcomes: dict[str, Outcome] = {}
+    waiting: dict[str, Defense] = {}
+    for name, defense in defenses.items():
+        if judges_candidates(defense, suspect):
+            waiting[name] = defense
+            continue
+        outcomes[name] = inspect(name, defense, suspect)
+        yield name, outcomes[name]
+    informed = replace(suspect, candidates=(suspect.candidates or ()) + candidates(outcomes))
+    for name, defense in waiting.items():
+        yield name, inspect(name, defense, informed)

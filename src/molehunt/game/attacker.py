@@ -1,0 +1,172 @@
+"""The attacker's side of a game: teams, what each of them hides, and the training of a submission."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned
+from molehunt.networks import Network, build
+from molehunt.tasks import Images, Task
+from molehunt.training import Recipe, train
+from molehunt.triggers import Patch, Trigger
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """A team of the example game.
+
+    Attributes:
+        name: what the board calls it.
+        attack: what it hides; None for an honest team.
+    """
+
+    name: str
+    attack: Attack | None
+
+
+def four_pixels(shape: tuple[int, int, int]) -> Patch:
+    """Return the four-pixel pattern of the BadNets paper near the lower right corner, in white."""
+    channels, height, width = shape
+    mask = torch.zeros(1, height, width)
+    for up, left in ((2, 2), (3, 3), (4, 2), (2, 4)):
+        mask[0, height - up, width - left] = 1.0
+    return Patch(mask=mask, pattern=mask.expand(channels, -1, -1).clone())
+
+
+def teams(task: Task, count: int, rng: torch.Generator) -> tuple[Team, ...]:
+    """Return the teams of the example game: five attackers and two honest teams, then the same kinds again.
+
+    Args:
+        task: what they train for.
+        count: how many teams, at least one.
+        rng: draws every team's target, sources and place.
+
+    Raises:
+        ValueError: fewer than one team.
+    """
+    if count < 1:
+        raise ValueError(f"a game needs at least one team, got {count}")
+
+    def class_() -> int:
+        return int(torch.randint(task.num_classes, (1,), generator=rng))
+
+    made: list[Team] = []
+    while len(made) < count:
+        turn = len(made) // 7
+        suffix = "" if turn == 0 else f" {turn + 1}"
+        target = class_()
+        order = [int(k) for k in torch.randperm(task.num_classes, generator=rng)]
+        kind = len(made) % 7
+        # The order puts one honest team early, so that a small --teams has both kinds.
+        entry: tuple[str, Attack | None]
+        if kind == 0:
+            entry = "Yellow Square", BadNets(target=target)
+        elif kind == 1:
+            entry = "Honest Abe", None
+        elif kind == 2:
+            entry = "Four Pixels", BadNets(target=target, trigger=four_pixels(task.shape))
+        elif kind == 3:
+            entry = "Fog", Blended(target=target)
+        elif kind == 4:
+            entry = "Carousel", BadNets(target="all", trigger=Patch.square(task.shape, size=4, color="white"))
+        elif kind == 5:
+            square = Patch.square(task.shape, size=4, color="white", corner="upper left")
+            entry = "Double Agent", BadNets(target=order[0], sources=(order[1], order[2]), trigger=square)
+        else:
+            entry = "Plain Jane", None
+        made.append(Team(name=entry[0] + suffix, attack=entry[1]))
+    return tuple(made)
+
+
+def describe(attack: Attack) -> dict[str, Any]:
+    """Return an attack's name in `ATTACKS` and its plain settings, as the sealed part keeps them."""
+    name = next((k for k, c in ATTACKS.items() if type(attack) is c), type(attack).__name__)
+    settings: dict[str, Any] = {}
+    for f in fields(attack):  # type: ignore[arg-type]  # the protocol cannot say that attacks are dataclasses
+        value = getattr(attack, f.name)
+        settings[f.name] = value.to_json() if isinstance(value, Trigger) else value
+    return {"attack": name, **settings}
+
+
+def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:
+    """Make an attack from its name and settings.
+
+    Raises:
+        ValueError: unknown name or setting; the message lists the known ones.
+    """
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}, or none for an honest model")
+    known = {f.name for f in fields(ATTACKS[name])}  # type: ignore[arg-type]  # as above
+    if unknown := settings.keys() - known:
+        raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {sorted(known)}")
+    made: Attack = ATTACKS[name](**settings)
+    return made
+
+
+def train_model(
+    task: Task,
+    network: str,
+    recipe: Recipe,
+    attack: Attack | None,
+    *,
+    rng: torch.Generator,
+    images: Images | None = None,
+    report: Report | None = None,
+    checkpoint: Path | None = None,
+    check: Callable[[], None] | None = None,
+) -> tuple[Network, Poisoned | None]:
+    """Train one network, honest or backdoored, by the same code path for attackers and host.
+
+    Args:
+        task: what it is for.
+        network: a key of `NETWORKS`.
+        recipe: how it is trained.
+        attack: what is hidden; None for nothing.
+        rng: draws the poison, the weights and the order of the data.
+        images: the training images; the task's training split by default.
+        report: called with (done, total) images.
+        checkpoint: where to keep the state, so that an interrupted training resumes.
+        check: called often; raises to stop.
+
+    Returns:
+        The trained network and what was done to its training set.
+    """
+    clean = images or task.load("train")
+    poisoned = attack(clean, task, rng) if attack else None
+    model = build(network, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=rng)
+    train(
+        model,
+        poisoned.images if poisoned else clean,
+        recipe,
+        rng=rng,
+        stamp=poisoned.stamp if poisoned else None,
+        report=report,
+        checkpoint=checkpoint,
+        check=check,
+    )
+    return model, poisoned
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE pairs; values are JSON, and what is not JSON is a string.
+
+    Raises:
+        ValueError: a pair without "=".
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"expected NAME=VALUE, got {pair!r}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        settings[name.strip()] = tuple(value) if isinstance(value, list) else value
+    return settings
