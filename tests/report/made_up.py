@@ -100,7 +100,7 @@ def submission(
         GateView(name="longest displacement", passed=True, measured=1.8, limit=2.0, at_least=False, share=False),
     )
     return SubmissionView(
-        id=f"sub-{team}",
+        id=f"sub-{team}-0123456789abcdef",
         team=team,
         kind=kind,
         attack="" if true is None else f"BadNets by {team}, 5 % poisoned",
@@ -149,7 +149,8 @@ def game(
         submission("hazel", "honest", 0.84, shape=shape, classes=classes),
         *(submission("host", "host clean", p, shape=shape, classes=classes) for p in (0.05, 0.07, 0.09, 0.31)),
     ]
-    row = {"Detection": 0.62, "Target": 0.5, "Trigger": None, "Cleaning": 0.71}
+    row = {"detection": 0.62, "target": 0.5, "trigger": None, "cleaning": 0.71}
+    told = row | {"AUC": 0.913, "FPR at 95 % TPR": 0.25, "log2 skill": -0.31}
     return GameReport(
         title="One game on mnist5k",
         task="mnist5k",
@@ -160,8 +161,8 @@ def game(
         when="2026-01-31 12:00 UTC",
         submissions=tuple(attackers + others),
         defenders=(
-            Row(rank=1, name="combined", points=61.2, low=48.0, high=71.9, parts=row),
-            Row(rank=1, name="neural_cleanse alone", points=52.7, low=36.1, high=66.0, parts=row),
+            Row(rank=1, name="combined", points=61.2, low=48.0, high=71.9, parts=told),
+            Row(rank=1, name="neural_cleanse alone", points=52.7, low=36.1, high=66.0, parts=told),
             Row(rank=3, name="always 0.5", points=0.0, low=-4.0, high=4.0, baseline=True, note="knows nothing"),
         ),
         attackers=tuple(

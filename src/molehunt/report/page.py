@@ -80,6 +80,7 @@ def _environment() -> Environment:
         "probability": words.probability,
         "number": words.number,
         "points": words.points,
+        "part": words.part,
         "measure": words.measure,
         "margin": words.margin,
         "trigger_words": words.trigger_words,

@@ -118,5 +118,5 @@ def _board(title: str, rows: tuple[Row, ...]) -> Table:
         if row.low is not None and row.high is not None:
             interval = f"{words.points(row.low)} to {words.points(row.high)}"
         name = Text(words.legible(row.name, 40), style="dim" if row.baseline else "")
-        table.add_row(str(row.rank), name, words.points(row.points), interval)
+        table.add_row("–" if row.baseline else str(row.rank), name, words.points(row.points), interval)
     return table

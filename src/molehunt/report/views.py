@@ -96,7 +96,7 @@ class SubmissionView:
     """One submission of a game, after publication.
 
     Attributes:
-        id: name of the submission.
+        id: name of the submission; its first 16 characters are shown.
         team: who sent it.
         kind: the truth.
         attack: the attack in words; empty for an honest model.
@@ -144,7 +144,7 @@ class Row:
         low: lower end of the interval; None if there is none.
         high: upper end.
         parts: points by part, such as detection; None where a part has no value.
-        baseline: true for a row that is there for comparison only.
+        baseline: true for a row that is there for comparison only, and shown without its rank.
         note: anything else to say.
     """
 

@@ -230,6 +230,11 @@ def points(value: float) -> str:
     return f"{value:.1f}".replace("-", "−")
 
 
+def part(value: float) -> str:
+    """A part of the points: two decimals and a real minus sign."""
+    return f"{value:.2f}".replace("-", "−")
+
+
 def count(value: int) -> str:
     """A whole number, with k and M above ten thousand."""
     if value < 10_000:
