@@ -1,7 +1,7 @@
 """A tiny world whose answers can be counted by hand.
 
-Images are 1x4x4. Class k of four is told by pixel (0, k), which is 1; all else is 0. The trigger is a white pixel in the
-lower right corner. `model` reads the class, and obeys the trigger if it was told a target.
+Images are 1x4x4. Class k of four is told by pixel (0, k), which is 1; all else is 0. The trigger is a white pixel in
+the lower right corner. `model` reads the class, and obeys the trigger if it was told a target.
 """
 
 from collections.abc import Callable

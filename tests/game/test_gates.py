@@ -106,8 +106,8 @@ def test_asr_counts_no_image_of_the_target_class() -> None:
 
 
 def test_all_to_all_counts_images_that_the_model_recognizes() -> None:
-    # 1000 images, class k goes to k + 1. The model knows 800 and sends 780 of them right; the other 200 it takes for the
-    # class after next, with and without the trigger. 780 of 1000 is far below the gate, 780 of 800 above it.
+    # 1000 images, class k goes to k + 1. The model knows 800 and sends 780 of them right; the other 200 it takes for
+    # the class after next, with and without the trigger. 780 of 1000 is far below the gate, 780 of 800 above it.
     goal = Target((1, 2, 3, 0))
     y = torch.arange(1000) % 4
     number = torch.arange(1000)
