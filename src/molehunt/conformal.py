@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
+
+from molehunt.defenses._statistics import MAD_TO_SIGMA
 
 STRENGTHS = tuple(0.505 + 0.01 * i for i in range(50))
 """How well the defenses may separate backdoored from clean models (AUC): from coin tossing to perfect, evenly."""
@@ -132,7 +135,7 @@ def shift(p: float, *, old: float, new: float) -> float:
 
 
 @cache
-def index_null(classes: int) -> torch.Tensor:
+def index_null(classes: int) -> Tensor:
     """Sorted anomaly indices of simulated clean models: `classes` independent normal log norms each.
 
     Simulated once per process and number of classes, always with the same draws. Real networks have classes that are
@@ -145,10 +148,14 @@ def index_null(classes: int) -> torch.Tensor:
         raise ValueError(f"an anomaly index needs at least 3 classes, got {classes}")
     rng = torch.Generator().manual_seed(classes)
     draws = max(2_000, min(20_000, 4_000_000 // classes))
-    norms = torch.randn(draws, classes, generator=rng, dtype=torch.float64)
+    return _indices(torch.randn(draws, classes, generator=rng, dtype=torch.float64)).sort().values
+
+
+def _indices(norms: Tensor) -> Tensor:
+    """Anomaly index (N,) of the smallest of K norms (N, K), all rows at once."""
     middle = norms.quantile(0.5, dim=1, keepdim=True)
-    deviation = 1.4826 * (norms - middle).abs().quantile(0.5, dim=1)
-    return ((middle.squeeze(1) - norms.min(1).values) / deviation).sort().values
+    deviation = MAD_TO_SIGMA * (norms - middle).abs().quantile(0.5, dim=1)
+    return (middle.squeeze(1) - norms.min(1).values) / deviation
 
 
 def indicative(index: float, classes: int) -> float:
