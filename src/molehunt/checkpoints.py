@@ -11,6 +11,7 @@ is left that could tell how the network was made.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -74,7 +75,7 @@ def layout_of(network: str, shape: tuple[int, int, int], classes: int, *, limits
     Raises:
         CheckpointError: unknown network, one that does not fit the images, or one larger than the limit.
     """
-    layout = Layout.of(_build(network, shape, classes))
+    layout = _layout(network, tuple(shape), classes)
     if layout.size > limits.file:
         raise CheckpointError(f"network {show(network)} has {layout.size} bytes of weights; at most {limits.file}")
     return layout
@@ -215,6 +216,11 @@ def probe(model: nn.Module, shape: tuple[int, int, int], classes: int) -> None:
         raise CheckpointError(f"the network answers with shape {tuple(logits.shape)}, expected (4, {classes})")
     if not bool(torch.isfinite(logits).all()):
         raise CheckpointError("the network answers plain images with values that are not finite")
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(network: str, shape: tuple[int, int, int], classes: int) -> Layout:
+    return Layout.of(_build(network, shape, classes))
 
 
 def _build(network: str, shape: tuple[int, int, int], classes: int) -> networks.Network:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehunt import checkpoints, strict_json
-from molehunt.files import open_regular
-from molehunt.tensor_file import LIMITS, CheckpointError, Limits
+from molehunt.files import open_regular, write_atomically
+from molehunt.tensor_file import LIMITS, CheckpointError, Limits, encode
 
 SECONDS = 120
 REPORT = 2**18
@@ -75,7 +75,7 @@ def convert(source: Path, target: Path, *, limits: Limits = LIMITS) -> Conversio
         report = _report(answer.read(REPORT), status)
         result.seek(0)
         state = checkpoints.read_safetensors(result, None, limits=limits)
-    checkpoints.write(state, target)
+    write_atomically(target, encode(state))
     return Conversion(names=tuple(state), **{key: tuple(report[key]) for key in ("dropped", "unwrapped", "stripped")})
 
 

@@ -81,7 +81,7 @@ def read_header(stream: BinaryIO, size: int, *, limits: Limits = LIMITS) -> tupl
     length = int.from_bytes(start[:8], "little")
     # A header of 640 bytes begins with the two bytes of a pickle, so other kinds are only guessed at when this cannot
     # be the beginning of a safetensors file.
-    if len(start) < 9 or start[8:] != b"{" or length > size - 8:
+    if len(start) < 9 or start[8:] != b"{" or not 2 <= length <= size - 8:
         raise CheckpointError(_other_kind(start, size))
     if length > limits.header:
         raise CheckpointError(f"the header claims {length} bytes; at most {limits.header} are read")
@@ -153,7 +153,7 @@ def _other_kind(start: bytes, size: int) -> str:
         return f"the file has {size} bytes and is too short for safetensors"
     length = int.from_bytes(start[:8], "little")
     if start[8:] == b"{":
-        return f"the header claims {length} bytes, but only {size - 8} follow"
+        return f"the header claims {length} bytes, of which {size - 8} follow"
     return "this is not safetensors: no JSON header follows the first eight bytes"
 
 

@@ -23,6 +23,7 @@ CENTRAL = struct.Struct("<4s6H3I5H2I")
 END = struct.Struct("<4s4H2IH")
 LOCAL_MAGIC, CENTRAL_MAGIC, END_MAGIC = b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06"
 NAME_BYTES = 64
+MOST_MEMBERS = 64  # more than any list of names, so that an unknown name is reported as such
 BLOCK = 2**20
 
 # Every archive of ours has the date on which the format begins: a time stamp says when, and so who, and so what.
@@ -111,7 +112,7 @@ def read(stream: BinaryIO, size: int, allowed: Mapping[str, int]) -> dict[str, M
     if size > most:
         raise SubmissionError(f"the archive has {size} bytes; at most {most} are read")
     _check_kind(stream, size)
-    count, begin = _read_end(stream, size, len(allowed))
+    count, begin = _read_end(stream, size)
     records = _read_table(stream, count, begin, size - END.size, allowed)
     expected, members = 0, {}
     for record in sorted(records, key=lambda r: r.offset):
@@ -174,7 +175,7 @@ def _check_kind(stream: BinaryIO, size: int) -> None:
         raise SubmissionError("this does not begin as a zip archive with members does")
 
 
-def _read_end(stream: BinaryIO, size: int, most: int) -> tuple[int, int]:
+def _read_end(stream: BinaryIO, size: int) -> tuple[int, int]:
     """Return the number of members and where the table of contents begins."""
     stream.seek(size - END.size)
     magic, disk, first, here, count, length, begin, comment = END.unpack(exactly(stream, END.size, SubmissionError))
@@ -184,8 +185,8 @@ def _read_end(stream: BinaryIO, size: int, most: int) -> tuple[int, int]:
         raise SubmissionError("the archive uses zip64 numbers, which no submission needs")
     if disk or first or here != count:
         raise SubmissionError("the archive claims to be one of several disks")
-    if not 0 < count <= most:
-        raise SubmissionError(f"the archive lists {count} members; 1 to {most} are read")
+    if not 0 < count <= MOST_MEMBERS:
+        raise SubmissionError(f"the archive lists {count} members; 1 to {MOST_MEMBERS} are read")
     if begin + length != size - END.size:
         raise SubmissionError("the table of contents is not where the archive says: bytes were put before or into it")
     return count, begin

@@ -1,7 +1,7 @@
 """The open part of a submission: what everybody may know about it."""
 
 import unicodedata
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -25,6 +25,10 @@ Text = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printa
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}$")]
 
 
+# Not Literal[1], which accepts true.
+One = Annotated[int, Field(ge=1, le=1)]
+
+
 class Manifest(BaseModel):
     """What everybody may know about a submission; all that could tell honest from backdoored is sealed instead.
 
@@ -39,7 +43,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    format: Literal[1] = 1
+    format: One = 1
     team: Text
     round: Slug
     task: Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_printable)]

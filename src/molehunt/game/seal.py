@@ -26,6 +26,7 @@ from torch import Tensor
 
 from molehunt import checkpoints, strict_json, triggers
 from molehunt.files import Refused
+from molehunt.game.manifest import One
 from molehunt.tasks import Task
 from molehunt.tensor_file import Limits, encode
 from molehunt.triggers import Target, Trigger
@@ -55,7 +56,7 @@ class _Details(BaseModel):
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    format: Literal[1]
+    format: One
     kind: Literal["none", "backdoor"]
     attack: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]{1,64}$")] | None
     target: dict[str, Any] | None
@@ -92,6 +93,10 @@ class Sealed:
             raise ValueError(
                 f"a backdoor has an attack, a target and a trigger, an honest model none; got only {given}"
             )
+        try:
+            _Details.model_validate(self.details)
+        except ValidationError as error:
+            raise SealError(f"details: {first_problem(error)}") from None
 
     @property
     def backdoored(self) -> bool:

@@ -1,5 +1,6 @@
 """The zip around the numbers of a ``.pt`` file."""
 
+import io
 import struct
 import zipfile
 import zlib
@@ -47,6 +48,9 @@ class Archive:
                 raise RefusedFile("its zip is compressed, which torch.save does not do: it could grow a thousandfold")
             if info.flag_bits & 1:
                 raise RefusedFile("its zip is encrypted")
+        # An allocation follows the sizes that are stated, so they are compared with what there is.
+        if sum(info.file_size for info in infos) > stream.seek(0, io.SEEK_END):
+            raise RefusedFile("its zip states sizes that are larger than the file")
         programs = [name for name in self._members if name.rpartition("/")[2] == "data.pkl"]
         if len(programs) != 1:
             raise RefusedFile(f"its zip has {len(programs)} members named data.pkl, expected one")

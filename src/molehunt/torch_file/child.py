@@ -133,11 +133,11 @@ def _write(target: BinaryIO, archive: Archive, kept: dict[str, Tensor]) -> None:
         if tensor.storage.kind == "BFloat16Storage":
             flat = (flat.astype("<u4") << 16).view("<f4")
         with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, which the reader refuses
-            flat = flat.astype("<f4")
+            flat = flat.astype("<f4", copy=False)
         # In memory the dimensions come in the order of falling strides; read them so, then put them back.
         order = sorted(range(len(tensor.shape)), key=lambda i: -tensor.strides[i])
         array = flat.reshape([tensor.shape[i] for i in order]).transpose(np.argsort(order) if order else None)
-        target.write(np.ascontiguousarray(array).tobytes())
+        target.write(np.ascontiguousarray(array).data)
 
 
 def confine(limits: dict[str, int]) -> None:
@@ -158,17 +158,22 @@ def confine(limits: dict[str, int]) -> None:
             continue
 
 
+def answer(source: BinaryIO, target: BinaryIO, most: int) -> dict[str, Any]:
+    """Convert, and turn whatever goes wrong into an answer; the arguments are those of `convert`."""
+    try:
+        return convert(source, target, most)
+    except RefusedFile as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"error": "reading it needs more memory than a file of weights may take"}
+    except Exception as error:  # whatever a damaged file makes the standard library raise
+        return {"error": f"it is malformed ({type(error).__name__})"}
+
+
 def main() -> None:
     """Convert standard input; see the module's first lines."""
     descriptor, settings = int(sys.argv[1]), json.loads(sys.argv[2])
     confine(settings["limits"])
-    try:
-        with os.fdopen(descriptor, "wb") as target:
-            report = convert(io.BufferedReader(io.FileIO(0)), target, settings["most"])
-    except RefusedFile as error:
-        report = {"error": str(error)}
-    except MemoryError:
-        report = {"error": "reading it needs more memory than a file of weights may take"}
-    except Exception as error:  # whatever a damaged file makes the standard library raise
-        report = {"error": f"it is malformed ({type(error).__name__})"}
+    with os.fdopen(descriptor, "wb") as target:
+        report = answer(io.BufferedReader(io.FileIO(0)), target, settings["most"])
     os.write(1, json.dumps(report).encode("ascii"))
