@@ -1,5 +1,7 @@
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,11 +141,16 @@ def test_the_posterior_falls_with_the_p_value_and_grows_with_the_prior() -> None
 
 
 def test_the_table_of_the_docs() -> None:
-    # docs/reference/verdict.md
-    table = {5: (0.760, 0.294), 9: (0.822, 0.287), 19: (0.888, 0.283), 59: (0.951, 0.280), 99: (0.967, 0.279)}
-    for references, (best, worst) in table.items():
-        assert posterior(1 / (references + 1), references) == pytest.approx(best, abs=5e-4)
-        assert posterior(1.0, references) == pytest.approx(worst, abs=5e-4)
+    page = (Path(__file__).parent.parent / "docs/reference/verdict.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (\d+) \|((?: 0\.\d{3} \|){4})$", page, re.MULTILINE)
+    assert len(rows) >= 5
+    for n, m, values in rows:
+        references, planted = int(n), [1 / (int(n) + 1)] * int(m)
+        for count, value in zip(
+            (0, 1, (references + 1) // 2 - 1, references), re.findall(r"[\d.]+", values), strict=True
+        ):
+            p = posterior((count + 1) / (references + 1), references, planted=planted)
+            assert f"{p:.3f}" == value, f"{n} references, {m} planted, {count} as high"
 
 
 def test_perfect_separation_never_leaves_the_clip() -> None:

@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,18 @@ def test_reference_accuracy_summarizes_and_survives_json() -> None:
 )
 def test_the_bound_asks_for_the_published_counts(images: int, limit: float, least: int) -> None:
     assert lower_bound(least, images) >= limit > lower_bound(least - 1, images)
+
+
+def test_the_docs_list_the_same_counts() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs/run/scoring.md").read_text()
+    table = [
+        [int(v.replace(" ", "")) for v in re.findall(r"\| ([\d ]+?) (?=\|)", line)]
+        for line in page.splitlines()
+        if line.startswith(("| images that count", "| hits needed"))
+    ]
+    assert len(table[0]) == 6
+    for images, hits in zip(*table, strict=True):
+        assert lower_bound(hits, images) >= 0.9 > lower_bound(hits - 1, images)
 
 
 def test_the_bound_in_closed_form_and_at_its_ends() -> None:

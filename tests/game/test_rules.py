@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from molehunt.defenses import DEFENSES
@@ -58,3 +61,14 @@ def test_weights_are_shares(values: tuple[float, float, float, float]) -> None:
     detection, target, trigger, cleaning = values
     with pytest.raises(ValueError, match="sum to 1"):
         Weights(detection=detection, target=target, trigger=trigger, cleaning=cleaning)
+
+
+def test_the_docs_list_the_same_rounds() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs/run/scoring.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([\w -]+) \| ([\d. |]+) \|$", page, re.MULTILINE)
+    listed = [(name, title, [float(v) for v in values.split("|")]) for name, title, values in rows]
+    assert listed == [
+        (r.name, r.title, [w.detection, w.target, w.trigger, w.cleaning, r.counts])
+        for r in ROUNDS.values()
+        for w in [r.weights]
+    ]
