@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from molehunt import findings, runner
+from molehunt.defenses import DEFENSES
 from molehunt.engine import Cancelled, Run
 from molehunt.findings import Abstention, Candidate, Failure, Finding, Outcome
 from molehunt.networks import build
@@ -438,9 +439,7 @@ def ask_with(needs: set[Access], suspect: Suspect) -> Outcome:
     return runner.inspect(Needing(do=lambda s, r: None), suspect, seed=0)
 
 
-def test_names_follow_the_classes() -> None:
-    assert runner.name_of(Alternatives()) == "alternatives"
-    for name in ("NeuralCleanse", "STRIP", "FinePruning", "ABS"):
-        kind = dataclasses.make_dataclass(name, [])
-        expected = {"NeuralCleanse": "neural_cleanse", "FinePruning": "fine_pruning"}.get(name, name.lower())
-        assert runner.name_of(kind()) == expected
+def test_names_are_those_of_the_table_or_follow_the_class() -> None:
+    for name, kind in DEFENSES.items():
+        assert runner.name_of(kind()) == name
+    assert runner.name_of(dataclasses.make_dataclass("MyOwn", [])()) == "my_own"

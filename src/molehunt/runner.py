@@ -7,6 +7,7 @@ that does not fit. `molehunt.isolation` does the same in a process of its own, f
 import dataclasses
 import enum
 import hashlib
+import importlib
 import math
 import platform
 import re
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import PydanticUserError, TypeAdapter
 from torch import Tensor
 
 import molehunt
 from molehunt import triggers
-from molehunt.defenses.contract import Defense
+from molehunt.defenses import DEFENSES, Defense
 from molehunt.engine import Cancelled, Engine, Local, OutOfTime, Run, never, silent
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.meter import Meter
@@ -150,7 +152,10 @@ def kind_of(error: BaseException) -> str:
 
 
 def name_of(defense: Defense) -> str:
-    """Name a defense by its class, in the spelling of `DEFENSES`: NeuralCleanse is neural_cleanse."""
+    """Name a defense as `DEFENSES` does, or by its class in the same spelling: MyOwn is my_own."""
+    for name, kind in DEFENSES.items():
+        if type(defense) is kind:
+            return name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(defense).__name__).lower()
 
 
@@ -173,7 +178,7 @@ def record(defense: Defense, suspect: Suspect, *, seed: int, seconds: float | No
         "configuration": configuration(defense),
         "seed": seed,
         "seconds": seconds,
-        "granted": sorted(suspect.grants),
+        "granted": sorted(access.value for access in suspect.grants),
         "versions": {
             "molehunt": molehunt.__version__,
             "torch": torch.__version__,
@@ -183,6 +188,28 @@ def record(defense: Defense, suspect: Suspect, *, seed: int, seconds: float | No
         "dtype": str(suspect.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
+
+
+def remake(record: Mapping[str, Any]) -> Defense:
+    """Make a defense again from its record.
+
+    Args:
+        record: with the `class` and the `configuration` that `record` wrote down.
+
+    Raises:
+        ImportError, AttributeError: there is no such class here.
+        ValueError: a field has no such value.
+    """
+    module, _, path = record["class"].partition(":")
+    kind: Any = importlib.import_module(module)
+    for name in path.split("."):
+        kind = getattr(kind, name)
+    try:
+        # The adapter turns lists into the tuples, and texts into the enumerations, that the fields are annotated with.
+        defense: Defense = TypeAdapter(kind).validate_python(record["configuration"])
+    except PydanticUserError:  # a field with a type of its own
+        defense = kind(**record["configuration"])
+    return defense
 
 
 def check(finding: object, suspect: Suspect) -> Finding:
@@ -206,6 +233,8 @@ def check(finding: object, suspect: Suspect) -> Finding:
         if tuple(value.shape) != (length,):
             expected = "None, for that evidence was not granted" if length is None else f"shape ({length},)"
             raise ValueError(f"{field}: expected {expected}, got shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise ValueError(f"{field}: expected real numbers, got {value.dtype}")
         changes[field] = _settled(value)
         if not bool(torch.isfinite(changes[field]).all()):  # again: it may have been written to since it was made
             raise ValueError(f"{field}: not all values are finite")
