@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned
 from molehunt.networks import Network, build
@@ -15,6 +16,7 @@ from molehunt.training import Recipe, train
 from molehunt.triggers import Patch, Trigger
 
 Report = Callable[[int, int], None]
+STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +100,20 @@ def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:
     """Make an attack from its name and settings.
 
     Raises:
-        ValueError: unknown name or setting; the message lists the known ones.
+        ValueError: unknown name or setting, in which case the message lists the known ones, or a value of another kind.
     """
     if name not in ATTACKS:
         raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}, or none for an honest model")
     known = {f.name for f in fields(ATTACKS[name])}  # type: ignore[arg-type]  # as above
     if unknown := settings.keys() - known:
         raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {sorted(known)}")
+    kinds = get_type_hints(ATTACKS[name])
+    for key, value in settings.items():
+        try:
+            # Else a text for a number would fail far from here, in the middle of the poisoning.
+            TypeAdapter(kinds[key], config=STRICT).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{name}: {key} cannot be {value!r}: {error.errors()[0]['msg'].lower()}") from None
     made: Attack = ATTACKS[name](**settings)
     return made
 
