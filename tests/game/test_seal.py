@@ -1,6 +1,8 @@
 """The sealed part: the same size whatever it says, bound by its commitment, checked when it is opened."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from game.tricks import Trick, honest, parameters, seals
 from molehunt.game import seal
+from molehunt.game.manifest import Manifest
 from molehunt.game.seal import Sealed, SealError, commit, envelope_size, opening, unseal, verify
 from molehunt.tasks import TASKS, Task
 from molehunt.triggers import Additive, Blend, Patch, Sinusoid, Target, Trigger, Warp
@@ -167,3 +170,17 @@ def test_a_team_learns_about_a_mistake_when_it_seals(make: object, says: str) ->
     assert callable(make)
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_the_documentation_verifies_a_seal_with_nothing_but_a_hash() -> None:
+    page = Path(__file__).parents[2] / "docs" / "extend" / "submission_format.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(example, page.name, "exec"), names)
+    assert names["content"] == seal.canonical(Sealed())
+
+
+def test_the_documentation_lists_the_fields_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "extend" / "submission_format.md").read_text()
+    for field in (*Manifest.model_fields, *seals.document()):
+        assert f"| `{field}` |" in page, field
