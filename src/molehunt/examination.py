@@ -6,8 +6,15 @@ from dataclasses import replace
 from molehunt.defenses import Defense
 from molehunt.findings import Candidate, Finding, Outcome
 from molehunt.suspect import Access, Suspect
+from molehunt.tasks import Images
 
 Inspect = Callable[[str, Defense, Suspect], Outcome]
+
+
+def divide(clean: Images, share: float = 0.8) -> tuple[Images, Images]:
+    """Part clean images: what the defenses see, and what the fusion keeps to measure their answers."""
+    cut = int(share * len(clean.y))
+    return Images(clean.x[:cut], clean.y[:cut]), Images(clean.x[cut:], clean.y[cut:])
 
 
 def judges_candidates(defense: Defense, suspect: Suspect) -> bool:

@@ -1,0 +1,98 @@
+"""`molehunt check`: what the host's gates would say, on public data."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from molehunt.commands import consoles
+from molehunt.commands.exits import MISSED, PASSED, given
+from molehunt.commands.interrupt import RESUMES, Interrupt
+from molehunt.commands.options import Threads, use_threads
+from molehunt.commands.watch import watching
+from molehunt.legible import legible
+
+if TYPE_CHECKING:
+    from molehunt.game.gates import Gate
+
+
+def check(
+    path: Annotated[Path, typer.Argument(help="A submission: its folder or its archive.", show_default=False)],
+    task: Annotated[
+        str | None,
+        typer.Option(help="Insist on this task; needed for folder:PATH.", metavar="NAME", show_default=False),
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Insist on this architecture.", metavar="NAME", show_default=False)
+    ] = None,
+    references: Annotated[
+        int, typer.Option(help="Clean models to compare with; trained once and kept in the cache.", min=5)
+    ] = 5,
+    threads: Threads = None,
+) -> int:
+    """Measure the host's gates on a submission.
+
+    The public validation split stands in for the host's hidden images, and clean models trained here for the host's:
+    leave a margin. Exit code 0: every gate passed, 1: a gate was missed, 3: the submission is refused.
+    """
+    console = consoles.messages()
+    with Interrupt(console, RESUMES, gentle=True) as interrupt:
+        from molehunt.commands.fetching import ensure
+        from molehunt.game import check as home
+        from molehunt.game.submission import read_submission
+        from molehunt.tasks import get_task
+
+        use_threads(threads)
+        with given():
+            problem = None if task is None else get_task(task)
+        # Everything that the host refuses at upload is refused here, before anything is trained.
+        contents = read_submission(path, task=problem, allowed_networks=None if network is None else [network])
+        model, sealed = contents.model(), contents.open_seal()
+        manifest = contents.manifest
+        ensure(contents.task.name, console)
+        kept = home.References(task=contents.task, network=manifest.network)
+        missing = kept.missing(references)
+        with watching(console) as watch:
+            if missing:
+                watch.stage("Training clean models to compare with, once", len(missing))
+            for number in missing:
+                title = f"reference {number + 1}"
+                kept.get(number, report=partial(watch.progress, title), check=interrupt.check)
+                watch.done(title, "trained")
+        interrupt.check()
+        models = [kept.get(number) for number in range(references)]
+        images = contents.task.load("validation")
+        gates = home.check(model, sealed, models, images, shape=contents.task.shape)
+    shown = consoles.result()
+    said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
+    shown.print(legible(said, 300), soft_wrap=True)
+    shown.print(_table(gates))
+    missed = [gate.name for gate in gates if not gate.passed]
+    if missed:
+        shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
+        return MISSED
+    shown.print(f"Every gate passed, on {len(images.y)} public validation images.", style="bold green")
+    return PASSED
+
+
+def _table(gates: "tuple[Gate, ...]") -> Table:
+    """Every gate with its measured value, limit and margin."""
+    from molehunt.report import words
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("gate")
+    for title in ("measured", "limit", "margin"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    table.add_column("why", overflow="fold")
+    for gate in gates:
+        share = gate.unit == "share"
+        limit = f"{'≥' if gate.at_least else '≤'} {words.measure(gate.limit, share)}"
+        measured = words.measure(gate.measured, share)
+        said = Text("passed", style="green") if gate.passed else Text("missed", style="red")
+        table.add_row(gate.name, measured, limit, words.margin(gate.margin, share), said, legible(gate.message, 400))
+    return table

@@ -1,0 +1,86 @@
+"""How a command has defenses run: in this process, or each in one of its own that sees nothing else."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from molehunt import runner
+from molehunt.commands.exits import InputError
+from molehunt.commands.interrupt import Interrupt
+from molehunt.commands.watch import Watch
+from molehunt.confinement import Unavailable
+from molehunt.defenses import Defense
+from molehunt.examination import Inspect
+from molehunt.findings import Outcome
+from molehunt.isolation import Sandbox
+from molehunt.suspect import Suspect
+
+
+@contextmanager
+def evaluation(
+    isolated: bool | None,
+    *,
+    seed: int,
+    seconds: float,
+    interrupt: Interrupt,
+    watch: Watch,
+    say: Callable[[str], None],
+    jobs: int = 1,
+    hidden: tuple[Path, ...] = (),
+) -> Iterator[list[Inspect]]:
+    """Make what runs defenses: each of the list runs one at a time, all of them at once.
+
+    Args:
+        isolated: whether each defense runs in a process of its own; None does so where that is possible.
+        seed: of all defenses.
+        seconds: that each may take on one model.
+        interrupt: stops a defense when the user asks to.
+        watch: is told how far each defense is.
+        say: gets a line when isolation was not asked for and is not possible.
+        jobs: how many at once. In this process it is always one, since costs are counted for all of it.
+        hidden: paths that no isolated defense may see.
+
+    Raises:
+        InputError: isolation was asked for and is not possible.
+    """
+    with ExitStack() as stack:
+        boxes: list[Sandbox] = []
+        if isolated is not False:
+            try:
+                boxes = _sandboxes(stack, jobs, hidden)
+            except (Unavailable, RuntimeError, ValueError) as error:
+                if isolated:
+                    raise InputError(f"cannot isolate defenses: {error}") from error
+                say(f"Defenses run in this process, not isolated: {error}")
+
+        def inspector(slot: int, box: Sandbox | None) -> Inspect:
+            def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+                outcome = (runner.inspect if box is None else box.inspect)(
+                    defense,
+                    suspect,
+                    name=name,
+                    seed=seed,
+                    seconds=seconds,
+                    report=lambda done, total: watch.progress(name, done, total, slot),
+                    cancelled=interrupt.cancelled,
+                )
+                # Else a defense that was stopped would be on record as one that failed.
+                interrupt.check()
+                return outcome
+
+            return inspect
+
+        yield [inspector(slot, box) for slot, box in enumerate(boxes or [None])]
+
+
+def _sandboxes(stack: ExitStack, count: int, hidden: tuple[Path, ...]) -> list[Sandbox]:
+    """Make sandboxes. The first one starts now and shows whether isolation works; the others when they are needed."""
+    if torch.cuda.is_available():
+        raise Unavailable("isolated defenses run on the CPU, and models here go to the GPU")
+    boxes = [Sandbox(hidden=hidden) for _ in range(count)]
+    for box in boxes:
+        stack.callback(box.close)
+    stack.enter_context(boxes[0])
+    return boxes

@@ -1,0 +1,138 @@
+"""The host's gates at home: a submission measured on the public validation split, against references trained here.
+
+The host measures the same gates by the same functions, with references of its own and on hidden images, so what passes
+here by a margin passes there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from molehunt import checkpoints
+from molehunt.datasets import cache
+from molehunt.files import write_atomically
+from molehunt.game.answers import accuracy, measure
+from molehunt.game.attacker import Report, train_model
+from molehunt.game.gates import Gate, ReferenceAccuracy, all_gates
+from molehunt.game.rules import Limits
+from molehunt.game.seal import Sealed
+from molehunt.networks import Network
+from molehunt.runner import generator
+from molehunt.tasks import Images, Task
+from molehunt.tensor_file import CheckpointError, encode
+from molehunt.training import recipe_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """Where the clean reference models of one task and network are kept, and how they are made.
+
+    They are trained once per user and kept in the cache. Equal task, network and recipe name the same models: the
+    i-th is trained from seed i.
+
+    Attributes:
+        task: what they are for.
+        network: a key of `NETWORKS`; the recipe is its default.
+    """
+
+    task: Task
+    network: str
+
+    @property
+    def folder(self) -> Path:
+        """The folder in the cache."""
+        told = json.dumps([asdict(self.task), recipe_for(self.network, self.task).to_json()], sort_keys=True)
+        name = f"{self.task.name.partition(':')[0]}-{self.network}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+        return cache.root() / "references" / name
+
+    def missing(self, count: int) -> tuple[int, ...]:
+        """Numbers of those among the first so many that have to be trained first."""
+        return tuple(i for i in range(count) if self._read(i) is None)
+
+    def get(self, number: int, *, report: Report | None = None, check: Callable[[], None] | None = None) -> Network:
+        """Return a reference model, from the cache or trained now.
+
+        Args:
+            number: which one, from 0.
+            report: called with (images done, images in all).
+            check: called often; raises to stop. The training goes on at the next call.
+
+        Raises:
+            DataError: the data could not be had, or the cache cannot be written to.
+        """
+        # The lock makes a second process wait for the model instead of training it too.
+        with cache.lock("references"):
+            if (kept := self._read(number)) is not None:
+                return kept
+            path = self._path(number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            state = path.with_suffix(".training")
+            model, _ = train_model(
+                self.task,
+                self.network,
+                recipe_for(self.network, self.task),
+                None,
+                rng=generator(number, f"reference {self.task.name} {self.network}"),
+                report=report,
+                checkpoint=state,
+                check=check,
+            )
+            write_atomically(path, encode(checkpoints.canonical(model.state_dict())))
+            state.unlink(missing_ok=True)
+            return model
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.safetensors"
+
+    def _read(self, number: int) -> Network | None:
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            return checkpoints.load(path, self.network, self.task.shape, self.task.num_classes)
+        except CheckpointError:
+            return None  # damaged: it can be trained again
+
+
+def check(
+    model: Network,
+    sealed: Sealed,
+    references: Sequence[Network],
+    images: Images,
+    *,
+    shape: tuple[int, int, int],
+    limits: Limits | None = None,
+) -> tuple[Gate, ...]:
+    """Measure every gate that applies to a submission.
+
+    Args:
+        model: the submitted model.
+        sealed: its opened seal.
+        references: clean models of the same task and network.
+        images: clean labeled images: the public validation split.
+        shape: (C, H, W) of the pictures.
+        limits: of the round.
+
+    Raises:
+        ValueError: too few references for a backdoor, or none.
+    """
+    answers = measure(model, images, sealed.trigger)
+    plain = [measure(reference, images) for reference in references]
+    standard = ReferenceAccuracy.of([accuracy(a.plain, a.y) for a in plain], len(images.y))
+    if sealed.trigger is None:
+        return all_gates(answers, standard, limits=limits)
+    stamped = [
+        replace(a, stamped=measure(reference, images, sealed.trigger).stamped)
+        for a, reference in zip(plain, references, strict=True)
+    ]
+    return all_gates(
+        answers,
+        standard,
+        trigger=sealed.trigger,
+        target=sealed.target,
+        shape=shape,
+        references=stamped,
+        limits=limits,
+    )

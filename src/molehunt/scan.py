@@ -1,0 +1,170 @@
+"""Scan one model: ask every defense about it, fuse what they say, and lay it out for a report."""
+
+import copy
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import torch
+
+from molehunt import combine
+from molehunt.calibration import Population
+from molehunt.defenses import Defense
+from molehunt.examination import Inspect, divide, examine
+from molehunt.findings import Outcome, Verdict
+from molehunt.networks import Network
+from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
+from molehunt.runner import generator
+from molehunt.suspect import Suspect
+from molehunt.tasks import DEFENDER, SPLITS, Images, Task
+
+EXAMPLES = 4
+"""Example pictures in the report."""
+PLAUSIBLE = 0.5
+"""Below this accuracy the report asks whether model and pictures belong together."""
+
+
+def clean_images(task: Task, seed: int, pictures: Task | None = None) -> Images:
+    """Return the clean images that a scan works with; the training split of the task is never read.
+
+    Args:
+        task: what the model was trained for.
+        seed: draws the images.
+        pictures: a folder of pictures, as a task, to take them from: all of its splits. None takes the same part of
+            the task's test split that a game gives to its defender.
+
+    Raises:
+        ValueError: the folder has pictures of another shape, or another number of classes.
+        DataError: the data could not be had.
+    """
+    if pictures is None:
+        return task.secret(seed)[0]
+    if pictures.shape != task.shape or pictures.num_classes != task.num_classes:
+        raise ValueError(
+            f"the clean pictures have shape {pictures.shape} and {pictures.num_classes} classes, the model needs "
+            f"{task.shape} and {task.num_classes}; name another folder, or its size with ?size=HEIGHTxWIDTH"
+        )
+    parts = [pictures.load(split) for split in SPLITS]
+    x, y = torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts])
+    rows = torch.randperm(len(y), generator=generator(seed, "clean images"))[:DEFENDER]
+    return Images(x[rows], y[rows])
+
+
+def comparable(population: Population, task: Task, network: str) -> Population:
+    """Hand back a reference population if its models are of this task and network.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if (population.task, population.network) != (task.name, network):
+        raise ValueError(
+            f"the references are {population.network} models of {population.task}, this is a {network} of {task.name}"
+        )
+    return population
+
+
+def scan(
+    model: Network,
+    task: Task,
+    clean: Images,
+    *,
+    name: str,
+    defenses: Mapping[str, Defense],
+    inspect: Inspect,
+    population: Population | None = None,
+    device: str | None = None,
+    found_at: float = FOUND_AT,
+    clear_at: float = CLEAR_AT,
+    command: str = "",
+    notes: tuple[str, ...] = (),
+) -> ScanReport:
+    """Ask every defense about a model and fuse the answers.
+
+    Args:
+        model: the model.
+        task: what it was trained for.
+        clean: clean labeled images. Four fifths go to the defenses; what they answer is measured on the rest.
+        name: what the report calls the model.
+        defenses: which to ask, by name.
+        inspect: runs one of them, as in `examination.examine`.
+        population: clean reference models to compare scores with, or None.
+        device: where to work; a GPU when there is one, else the CPU.
+        found_at: p from which the model is called backdoored.
+        clear_at: p up to which it is called clean.
+        command: what scans it again.
+        notes: what else the report should say.
+    """
+    seen, held_out = divide(clean)
+    suspect = Suspect.of(model, task, clean=seen, device=device)
+    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
+    verdict = combine.verdict(
+        outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out
+    )
+    repaired = _repaired(suspect, verdict)
+    accuracy = Change(
+        before=_accuracy(suspect, held_out), after=None if repaired is None else _accuracy(repaired, held_out)
+    )
+    if accuracy.before < PLAUSIBLE:
+        notes += (
+            f"The model is right about {accuracy.before:.0%} of the clean pictures. Is it the right task, in the right "
+            "order of classes, with pixels in [0, 1]?",
+        )
+    return ScanReport(
+        name=name,
+        task=task.name,
+        network=model.name,
+        shape=task.shape,
+        classes=task.classes,
+        verdict=verdict,
+        when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        pictures=_pictures(suspect, verdict, held_out),
+        accuracy=accuracy,
+        asr=_success(suspect, repaired, verdict, held_out),
+        notes=notes,
+        command=command,
+        versions={"molehunt": version("molehunt"), "torch": torch.__version__, "python": platform.python_version()},
+        found_at=found_at,
+        clear_at=clear_at,
+    )
+
+
+def _repaired(suspect: Suspect, verdict: Verdict) -> Suspect | None:
+    if verdict.repaired is None:
+        return None
+    model = copy.deepcopy(suspect.model)
+    model.load_state_dict(dict(verdict.repaired))
+    return Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
+
+
+def _accuracy(suspect: Suspect, images: Images) -> float:
+    """Share of the images that are classified right; 0 if there are none."""
+    if len(images.y) == 0:
+        return 0.0
+    return float((suspect.logits(images.x).argmax(1).cpu() == images.y).double().mean())
+
+
+def _success(suspect: Suspect, repaired: Suspect | None, verdict: Verdict, images: Images) -> Change | None:
+    """How often the recovered trigger sends images of other classes to its class, before and after the repair."""
+    if verdict.trigger is None or verdict.target is None:
+        return None
+    others = images.x[images.y != verdict.target]
+    if len(others) == 0:
+        return None
+    stamped = Images(verdict.trigger(others), torch.full((len(others),), verdict.target))
+    return Change(before=_accuracy(suspect, stamped), after=None if repaired is None else _accuracy(repaired, stamped))
+
+
+def _pictures(suspect: Suspect, verdict: Verdict, images: Images) -> Pictures | None:
+    """Examples without and with the recovered trigger; None where nothing was recovered."""
+    if verdict.trigger is None:
+        return None
+    x = images.x[images.y != verdict.target][:EXAMPLES]
+    if len(x) == 0:
+        return None
+    stamped = verdict.trigger(x)
+    return Pictures(clean=x, recovered=stamped, clean_says=_says(suspect, x), recovered_says=_says(suspect, stamped))
+
+
+def _says(suspect: Suspect, x: torch.Tensor) -> tuple[str, ...]:
+    return tuple(suspect.task.classes[k] for k in suspect.logits(x).argmax(1).tolist())
