@@ -307,8 +307,8 @@ def test_the_trigger_that_works_on_held_out_images_is_chosen() -> None:
 def test_of_two_that_work_the_smaller_one_is_chosen() -> None:
     mask = torch.zeros(1, 4, 4)
     mask[0, 3, :] = 1.0
-    large = found("a", 1.0, classes=[0.0, 0.1, 4.0, -0.1], trigger=Patch(mask=mask, pattern=mask), target=2)
-    small = found("b", 1.0, trigger=corner(), target=2)
+    large = found("b", 1.0, classes=[0.0, 0.1, 4.0, -0.1], trigger=Patch(mask=mask, pattern=mask), target=2)
+    small = found("a", 1.0, trigger=corner(), target=2)
     answer = verdict([large, small], classes=CLASSES, suspect=suspect(), held_out=pictures())
     assert answer.trigger is small.trigger
 

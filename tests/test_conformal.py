@@ -63,10 +63,13 @@ def test_one_score_combines_to_its_own_p_value() -> None:
 
 
 def test_a_combination_worked_by_hand() -> None:
-    # Pool of five, two scores. Suspect (9, 2) against (1, 1), (2, 3), (3, 4), (4, 0).
-    # Counts of "at least as high", first score: suspect 1; 5, 4, 3, 2. Second: suspect 3; 4, 2, 1, 5.
-    # Sums of reciprocals: suspect 1 + 1/3; 1/5 + 1/4; 1/4 + 1/2; 1/3 + 1; 1/2 + 1/5. One reference ties: p = 2/5.
-    assert combined([9.0, 2.0], [[1.0, 1.0], [2.0, 3.0], [3.0, 4.0], [4.0, 0.0]]) == pytest.approx(2 / 5)
+    # Pool of five, two scores. Suspect (9, 1) against (1, 0), (2, 3), (3, 4), (4, 2).
+    # Counts of "at least as high", first score: suspect 1; 5, 4, 3, 2. Second: suspect 4; 5, 2, 1, 3.
+    # Sums of reciprocals: suspect 5/4; 2/5, 3/4, 4/3, 5/6. One reference is above: p = 2/5. (By mean rank, 5 against
+    # 10, 6, 4, 5, it would be 3/5: where the suspect leads counts for more than where it trails.)
+    assert combined([9.0, 1.0], [[1.0, 0.0], [2.0, 3.0], [3.0, 4.0], [4.0, 2.0]]) == pytest.approx(2 / 5)
+    # A tie with a reference counts against suspicion: (4, 9) mirrors (9, 4).
+    assert combined([9.0, 4.0], [[4.0, 9.0], [1.0, 1.0]]) == pytest.approx(2 / 3)
 
 
 def test_best_in_everything_has_the_smallest_p_value_there_is() -> None:

@@ -201,6 +201,12 @@ def test_a_leak_is_measured_outside_the_sources() -> None:
     both = leakage(Answers(y=y, plain=y, stamped=stamped), Target(0, sources=(1, 3)))
     assert both.measured == pytest.approx(0.15)
     assert both.passed
+    # Half of the images of class 3 are taken for class 0 anyway; of the other 50 the trigger moves 10: with the 15 of
+    # class 2 that makes 25 of 150.
+    confused = classes((0, 100), (1, 100), (2, 100), (0, 50), (3, 50))
+    stamped = classes((0, 100), (0, 100), (0, 15), (2, 85), (0, 60), (3, 40))
+    gate = leakage(Answers(y=y, plain=confused, stamped=stamped), Target(0, sources=(1,)))
+    assert gate.measured == pytest.approx(25 / 150)
     with pytest.raises(ValueError, match="declared sources"):
         leakage(Answers(y=y, plain=y, stamped=y), Target(0))
 
