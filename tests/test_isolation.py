@@ -418,7 +418,7 @@ class TestStart:
 
     def test_a_model_that_is_code(self, sandbox: Sandbox) -> None:
         model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(784, 10))
-        with pytest.raises(ValueError, match="only a Network"):
+        with pytest.raises(ValueError, match="only what `build` makes"):
             sandbox.inspect(Mischief(act="read"), Suspect.of(model, TASK), seed=0)
 
     def test_nothing_is_left_behind(self, suspect: Suspect, tmp_path: Path) -> None:

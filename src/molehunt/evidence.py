@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from molehunt import triggers
 from molehunt.findings import Candidate
-from molehunt.networks import Network, build
+from molehunt.networks import NETWORKS, Network, build
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task
 
@@ -83,7 +83,8 @@ def describe(suspect: Suspect, store: Store) -> Json:
         return None if of is None else store.put({"x": of.x, "y": of.y})
 
     return {
-        "task": dataclasses.asdict(suspect.task),
+        # The fields of `Task` only: a kind of task that carries its pictures along must not hand those on.
+        "task": {field.name: getattr(suspect.task, field.name) for field in dataclasses.fields(Task)},
         "model": _describe_model(suspect.model, store),
         "clean": images(suspect.clean),
         "training": images(suspect.training),
@@ -114,7 +115,7 @@ def assemble(document: Json, store: Store) -> Suspect:
         training=images(document["training"]),
         inputs=None if document["inputs"] is None else store.get(document["inputs"])["x"],
         candidates=None if candidates is None else tuple(_assemble(c, store) for c in candidates),
-        references=None if references is None else tuple(_assemble_model(m, store).eval() for m in references),
+        references=None if references is None else tuple(_assemble_model(m, store) for m in references),
         device=document["device"],
         dtype=getattr(torch, document["dtype"]),
     )
@@ -150,8 +151,9 @@ def _assemble(document: Json, store: Store) -> Candidate:
 
 
 def _describe_model(model: nn.Module, store: Store) -> Json:
-    if not isinstance(model, Network):
-        raise ValueError(f"only a Network made by `build` can be handed on as data, got a {type(model).__name__}")
+    name = model.name if isinstance(model, Network) else type(model).__name__
+    if not isinstance(model, Network) or (name not in NETWORKS and not name.startswith("timm:")):
+        raise ValueError(f"only what `build` makes can be handed on as data, got a network {name!r}")
     weights = store.put(model.state_dict(keep_vars=True))
     return {"network": model.name, "shape": list(model.shape), "classes": model.classes, "weights": weights}
 

@@ -64,7 +64,7 @@ class Suspect:
         training: the submitted training set, merged and shuffled.
         inputs: (M, C, H, W) a stream of unlabeled inputs, some of them possibly stamped.
         candidates: recovered triggers from other defenses; empty when they found none.
-        references: clean networks that the defender has trained.
+        references: clean networks that the defender has trained, frozen like `model`.
         device: where `frozen` and the evidence are.
         dtype: number format of the matrix work in `frozen`.
     """
@@ -103,7 +103,7 @@ class Suspect:
             training: the submitted training set, if granted.
             inputs: unlabeled inputs, if granted.
             candidates: recovered triggers, if granted.
-            references: clean networks, if granted.
+            references: clean networks, if granted; they are copied too.
             device: where to work; a GPU when there is one, else the CPU.
             dtype: number format of the matrix work; the fastest that the device has, else float32.
 
@@ -131,7 +131,8 @@ class Suspect:
             training=training and Images(training.x.to(place), training.y.to(place)),
             inputs=None if inputs is None else inputs.to(place),
             candidates=candidates,
-            references=references,
+            # Else a defense that runs one in training mode would change its statistics for all that come after.
+            references=None if references is None else tuple(freeze(copy.deepcopy(m)).to(place) for m in references),
             device=place,
             dtype=kind,
         )

@@ -1,0 +1,92 @@
+"""Deadlines, cancellation, and where work runs."""
+
+import os
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from molehunt.engine import Cancelled, Local, OutOfTime, Processes, Run
+
+
+def test_a_run_without_limits_goes_on() -> None:
+    run = Run()
+    run.check()
+    run.report(1, 2)
+    assert run.remaining() is None
+    assert run.scratch is None
+
+
+def test_the_deadline_is_a_moment() -> None:
+    run = Run(deadline=time.monotonic() + 100)
+    left = run.remaining()
+    assert left is not None
+    assert 99 < left <= 100
+    run.check()
+
+
+def test_out_of_time_says_by_how_much() -> None:
+    run = Run(deadline=time.monotonic() - 2)
+    left = run.remaining()
+    assert left is not None
+    assert left < -1.9
+    with pytest.raises(OutOfTime, match=r"2\.\d s ago"):
+        run.check()
+
+
+def test_the_user_comes_before_the_clock() -> None:
+    run = Run(deadline=time.monotonic() - 2, cancelled=lambda: True)
+    with pytest.raises(Cancelled, match="stopped by the user"):
+        run.check()
+
+
+def test_every_run_has_a_generator_of_its_own() -> None:
+    before = torch.get_rng_state()
+    first, second = Run(), Run()
+    assert first.rng is not second.rng
+    torch.rand(1, generator=first.rng)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_local_keeps_the_order_and_works_when_asked() -> None:
+    seen = []
+
+    def numbers() -> Iterator[int]:
+        for i in range(3):
+            seen.append(i)
+            yield i
+
+    results = Local().map(lambda i: i * 10, numbers())
+    assert seen == []
+    assert next(results) == 0
+    assert seen == [0]
+    assert list(results) == [10, 20]
+
+
+def work(item: int) -> tuple[int, int, int]:
+    """What a worker is asked: late items are quicker, so that order is not luck."""
+    if item == 4:
+        raise ValueError("item 4 is bad")
+    time.sleep(0.05 * (4 - item))
+    return item, os.getpid(), torch.get_num_threads()
+
+
+def test_processes_keep_the_order_and_raise_here() -> None:
+    results = Processes(2, threads=1).map(work, range(5))
+    found = [next(results) for _ in range(4)]
+    assert [item for item, _, _ in found] == [0, 1, 2, 3]
+    assert os.getpid() not in {pid for _, pid, _ in found}
+    assert {threads for _, _, threads in found} == {1}
+    with pytest.raises(ValueError, match="item 4 is bad"):
+        next(results)
+
+
+def test_no_work_needs_no_process() -> None:
+    assert list(Processes(2).map(work, [])) == []
+
+
+@pytest.mark.parametrize(("count", "threads"), [(0, 1), (1, 0)])
+def test_refuses_no_processes_and_no_threads(count: int, threads: int) -> None:
+    with pytest.raises(ValueError, match=f"got {count} and {threads}"):
+        Processes(count, threads)
