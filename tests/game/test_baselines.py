@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,6 +33,12 @@ def test_neural_cleanse_by_the_book(index: float, p: float) -> None:
     assert plain.q.tolist() == pytest.approx([0.025, 0.025, 0.925, 0.025])
     assert plain.target == 2
     assert plain.repaired is None
+
+
+def test_the_paper_speaks_of_raw_norms() -> None:
+    for raw, p in ((2.5, 0.99), (1.0, 0.01)):
+        outcome = replace(cleanse(2.0), details={"raw_index": raw})
+        assert baselines(fused(outcome))["Neural Cleanse, index > 2"].p == pytest.approx(p)
 
 
 def test_neural_cleanse_that_did_not_answer_is_a_shrug() -> None:

@@ -16,8 +16,8 @@ def baselines(fused: Verdict) -> dict[str, Verdict]:
     """Return the baselines' verdicts on one model, by the name that the board shows.
 
     * "always 0.5" answers even odds, no class and no trigger, and repairs nothing.
-    * "Neural Cleanse, index > 2" answers 0.99 if the anomaly index exceeds 2 and 0.01 if not, gives nine tenths of q to
-      the class with the smallest mask, hands in its trigger and repairs nothing. Without a finding of Neural Cleanse it
+    * "Neural Cleanse, index > 2" answers 0.99 if the anomaly index of the raw norms exceeds 2 and 0.01 if not, gives
+      nine tenths of q to the class with the smallest mask, hands in its trigger and repairs nothing. Without a finding of Neural Cleanse it
       is "always 0.5".
     * "fused, no repair" is the fused verdict with the submitted weights: what cleaning adds or spoils.
 
@@ -34,7 +34,9 @@ def baselines(fused: Verdict) -> dict[str, Verdict]:
             if outcome.class_scores is not None:
                 q = 0.1 * uniform
                 q[int(outcome.class_scores.argmax())] += 0.9
-            p = SURE if outcome.score > INDEX else 1.0 - SURE
+            # The paper's rule is about raw norms; the score may be made of their logarithms.
+            index = float(outcome.details.get("raw_index", outcome.score))
+            p = SURE if index > INDEX else 1.0 - SURE
             plain = Verdict(p=p, q=q, trigger=outcome.trigger, target=outcome.target)
     return {
         "always 0.5": shrug,
