@@ -17,8 +17,8 @@ def baselines(fused: Verdict) -> dict[str, Verdict]:
 
     * "always 0.5" answers even odds, no class and no trigger, and repairs nothing.
     * "Neural Cleanse, index > 2" answers 0.99 if the anomaly index of the raw norms exceeds 2 and 0.01 if not, gives
-      nine tenths of q to the class with the smallest mask, hands in its trigger and repairs nothing. Without a finding of Neural Cleanse it
-      is "always 0.5".
+      nine tenths of q to the class with the smallest mask, hands in its trigger and repairs nothing. Without a finding
+      of Neural Cleanse it is "always 0.5".
     * "fused, no repair" is the fused verdict with the submitted weights: what cleaning adds or spoils.
 
     Args:
