@@ -53,6 +53,11 @@ def test_the_length_is_limited_before_anything_is_read() -> None:
         loads(b"[" * 101, limit=100)
 
 
+def test_depth_beyond_the_interpreter_s_own_is_a_refusal() -> None:
+    with pytest.raises(JSONError, match="nested too deep"):
+        loads(b"[" * 200_000 + b"]" * 200_000, depth=10**6)
+
+
 def test_brackets_in_strings_are_not_depth() -> None:
     text = '[[["' + "[" * 50 + '\\"' + "{" * 50 + '"]]]'
     assert loads(text.encode(), depth=3) == json.loads(text)

@@ -87,11 +87,10 @@ def read_header(stream: BinaryIO, size: int, *, limits: Limits = LIMITS) -> tupl
         raise CheckpointError(f"the header claims {length} bytes; at most {limits.header} are read")
     text = b"{" + bytes(exactly(stream, length - 1, CheckpointError))
     try:
-        header = strict_json.loads(text, limit=limits.header, depth=3)
+        # What begins with a brace is an object or no JSON.
+        header: dict[str, Any] = strict_json.loads(text, limit=limits.header, depth=3)
     except strict_json.JSONError as error:
         raise CheckpointError(f"header: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError("the header is not a JSON object")
     _check_metadata(header.pop("__metadata__", {}))
     if not 0 < len(header) <= limits.tensors:
         raise CheckpointError(f"the file lists {len(header)} tensors; 1 to {limits.tensors} are read")

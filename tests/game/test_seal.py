@@ -14,10 +14,13 @@ from molehunt.game import seal
 from molehunt.game.manifest import Manifest
 from molehunt.game.seal import Sealed, SealError, commit, envelope_size, opening, unseal, verify
 from molehunt.tasks import TASKS, Task
-from molehunt.triggers import Additive, Blend, Patch, Sinusoid, Target, Trigger, Warp
+from molehunt.triggers import TRIGGERS, Additive, Blend, Patch, Sinusoid, Target, Trigger, Warp
 
 TASK = honest.TASK
 COLOR = TASKS["cifar10"]
+
+
+HUGE = Blend(pattern=torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0)))
 
 
 def triggers(task: Task) -> list[Trigger]:
@@ -162,6 +165,7 @@ def test_damaged_seals_are_refused_or_open(flips: list[tuple[int, int]]) -> None
         (lambda: Sealed(details={"hello": 1}), "hello"),
         (lambda: seal.seal(Sealed(), TASK, b"short"), "nonce of 32 bytes, got 5"),
         (lambda: seal.seal(Sealed(details={"config": {"x": "y" * 70_000}}), TASK), "at most 65536 are sealed"),
+        (lambda: seal.seal(Sealed(attack="a", target=Target(1), trigger=HUGE), TASK), "for this task at most 1048576"),
         (lambda: seal.seal(Sealed(attack="a", target=Target(10), trigger=triggers(TASK)[0]), TASK), "10 classes"),
         (lambda: seal.seal(Sealed(attack="a", target=Target(1), trigger=triggers(COLOR)[0]), TASK), "images of shape"),
     ],
@@ -170,6 +174,20 @@ def test_a_team_learns_about_a_mistake_when_it_seals(make: object, says: str) ->
     assert callable(make)
     with pytest.raises(ValueError, match=says):
         make()
+
+
+class Outside(Blend):
+    """A kind of trigger whose author forgot to clip."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().__call__(x)
+
+
+def test_a_trigger_is_tried_before_it_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    envelope = seal.seal(Sealed(attack="a", target=Target(1), trigger=triggers(TASK)[2]), TASK)
+    monkeypatch.setitem(TRIGGERS, "blend", (Outside, *TRIGGERS["blend"][1:]))
+    with pytest.raises(SealError, match="something other than images in"):
+        unseal(envelope, TASK)
 
 
 def test_the_documentation_verifies_a_seal_with_nothing_but_a_hash() -> None:

@@ -135,6 +135,12 @@ def test_a_folder_without_one_of_the_files_is_refused(name: str, folder: Path) -
         pack(folder)
 
 
+def test_a_file_of_a_folder_has_the_same_limit_as_in_an_archive(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(honest.MANIFEST.canonical().ljust(2**14 + 1))
+    with pytest.raises(SubmissionError, match=r"manifest\.json has 16385 bytes; at most 16384"):
+        read_submission(folder)
+
+
 def test_the_private_files_are_for_the_team_alone(folder: Path) -> None:
     assert (folder / "sealed.bin").stat().st_mode & 0o077 == 0
 

@@ -301,6 +301,22 @@ def other_name_in_an_extra_field(folder: Path) -> Path:
     return save(folder, build([(info, parts.pop("manifest.json")), *parts.items()]))
 
 
+@trick("manifest.json has extra fields; make")
+def extra_field_in_front_only(folder: Path) -> Path:
+    """The table says nothing of it: one reader skips it, another takes it for the beginning of the content."""
+    content = data()
+    at = content.index(b"manifest.json") + len(b"manifest.json")
+    content = patched(content[:at] + b"\0\0\0\0" + content[at:], LOCAL, 28, "<H", 4)
+    end = content.index(END)
+    content = patched(content, END, 16, "<I", struct.unpack_from("<I", content, end + 16)[0] + 4)
+    for which in (1, 2):
+        start = content.index(CENTRAL)
+        for _ in range(which):
+            start = content.index(CENTRAL, start + 1)
+        content = patched(content, CENTRAL, 42, "<I", struct.unpack_from("<I", content, start + 42)[0] + 4, which=which)
+    return save(folder, content)
+
+
 @trick("extra fields, a comment")
 def member_with_a_comment(folder: Path) -> Path:
     info = zipfile.ZipInfo("manifest.json")

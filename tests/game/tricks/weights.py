@@ -88,12 +88,12 @@ def eight_bits(*_: Any) -> bytes:
     return with_tensor("head.bias", torch.ones(10).to(torch.float8_e4m3fn))
 
 
-@trick("not finite")
+@trick("'head.bias' has values that are not finite")
 def not_a_number_among_weights(*_: Any) -> bytes:
     return with_tensor("head.bias", torch.tensor([0.0] * 9 + [float("nan")]))
 
 
-@trick("not finite")
+@trick("'head.bias' has values that are not finite")
 def infinity_among_weights(*_: Any) -> bytes:
     return with_tensor("head.bias", torch.tensor([0.0] * 9 + [float("-inf")]))
 
