@@ -91,7 +91,7 @@ def describe(program: bytes) -> Any:
             ACTIONS[name](stack)
         else:
             raise RefusedFile(f"its pickle has the instruction {name}, which no dictionary of tensors needs")
-    raise RefusedFile("its pickle has no end")
+    raise AssertionError("genops raises where a pickle has no end")
 
 
 def _known(name: str) -> Global:

@@ -146,7 +146,7 @@ def view_beyond_the_storage(*_: Any) -> bytes:
     return one(offset=b"K\x01")
 
 
-@trick("reaches beyond its storage|shape or strides|calls something")
+@trick("reaches beyond its storage")
 def view_before_the_storage(*_: Any) -> bytes:
     return one(offset=b"J\xff\xff\xff\xff")
 
@@ -256,7 +256,7 @@ def empty_tensor(*_: Any) -> bytes:
     return saved({"w": torch.ones(0, 10)})
 
 
-@trick("shape or strides|is empty|reaches")
+@trick("shape or strides")
 def shape_beyond_all_numbers(*_: Any) -> bytes:
     return one(shape=b"\x8a\x09" + (2**64).to_bytes(9, "little") + b"\x85")
 
@@ -364,6 +364,53 @@ def text_file(*_: Any) -> bytes:
 @trick("not a file that torch.save writes")
 def empty_file(*_: Any) -> bytes:
     return b""
+
+
+@trick("appended to something that is not a list")
+def items_appended_to_a_tensor(*_: Any) -> bytes:
+    return program(entry(tensor() + b"K\x00a"))
+
+
+@trick("shape or strides")
+def shape_of_text(*_: Any) -> bytes:
+    return one(shape=b"X\x01\x00\x00\x004\x85")
+
+
+@trick("shape or strides")
+def shape_of_too_many_dimensions(*_: Any) -> bytes:
+    return one(shape=b"(" + b"K\x01" * 9 + b"t", step=b"(" + b"K\x01" * 9 + b"t")
+
+
+@trick("20005 members; at most 20000")
+def too_many_members(*_: Any) -> bytes:
+    return zipped({**members(one()), **{f"a/{i}": b"" for i in range(20_001)}})
+
+
+@trick("not where the table of contents says")
+def member_that_is_not_there(*_: Any) -> bytes:
+    content = bytearray(one())
+    content[0:4] = b"PK\x03\x04"
+    at = content.index(b"PK\x01\x02")
+    struct.pack_into("<I", content, at + 42, 1)
+    return bytes(content)
+
+
+@trick("is cut short")
+def member_that_ends_behind_the_file(*_: Any) -> bytes:
+    """Its header is real but stands at the end of the file, and its size is small enough to be believed."""
+    content = bytearray(one())
+    table = content.index(b"PK\x01\x02")
+    size = struct.unpack_from("<I", content, table + 24)[0]
+    comment = b"PK\x03\x04" + bytes(26)
+    struct.pack_into("<I", content, table + 42, len(content))
+    struct.pack_into("<H", content, len(content) - 2, len(comment))
+    assert size > 0
+    return bytes(content) + comment
+
+
+@trick("8388609 bytes; at most 8388608")
+def program_without_limit(*_: Any) -> bytes:
+    return program(b"\x80\x02}.".ljust(2**23 + 1, b"\0"))
 
 
 def good() -> dict[str, Tensor]:
