@@ -12,8 +12,9 @@ import torch
 
 from molehunt import report
 from molehunt.files import write_atomically
-from molehunt.findings import Cost, Finding, Outcome, Verdict
+from molehunt.findings import Cost, Outcome, Verdict
 from molehunt.game import scoreboard
+from molehunt.game.baselines import baselines
 from molehunt.game.gates import Gate
 from molehunt.game.host import Played
 from molehunt.game.referee import Judged
@@ -127,44 +128,23 @@ def _defenders(played: Played) -> tuple[Row, ...]:
             name="Molehunt, all defenses fused",
             points={one.submission.id: one.points for one in judged},
             seconds=sum(c.seconds for one in judged for o in one.verdict.outcomes if (c := _cost(o)) is not None),
-        ),
-        scoreboard.Defender(
-            name="Baseline: always one half, change nothing",
-            points={one.submission.id: _judge(played, one, _shrug(played.task.num_classes)) for one in judged},
-            baseline=True,
-        ),
-    ]
-    if "neural_cleanse" in played.defenses:
-        entries.append(
-            scoreboard.Defender(
-                name="Baseline: Neural Cleanse, index above 2",
-                points={one.submission.id: _judge(played, one, _threshold(played, one)) for one in judged},
-                baseline=True,
-            )
         )
+    ]
+    answers = {one.submission.id: baselines(one.verdict) for one in judged}
+    entries += [
+        scoreboard.Defender(
+            name=name,
+            points={one.submission.id: _judge(played, one, answers[one.submission.id][name]) for one in judged},
+            baseline=True,
+        )
+        for name in answers[judged[0].submission.id]
+    ]
     return scoreboard.defenders(entries, played.round.weights, seed=played.settings.seed)
 
 
 def _judge(played: Played, one: Judged, verdict: Verdict) -> Points:
     truth = Truth(backdoored=one.sealed.backdoored, trigger=one.sealed.trigger, target=one.sealed.target)
     return judge(verdict, truth, played.hidden, one.model)
-
-
-def _shrug(classes: int) -> Verdict:
-    """Return the answer of somebody who knows nothing."""
-    return Verdict(p=0.5, q=torch.full((classes,), 1.0 / classes))
-
-
-def _threshold(played: Played, one: Judged) -> Verdict:
-    """Return the answer of the paper's rule: flagged above index 2 on raw norms, then sure of the smallest mask."""
-    classes = played.task.num_classes
-    found = next((o for o in one.verdict.outcomes if o.defense == "neural_cleanse" and isinstance(o, Finding)), None)
-    if found is None or found.class_scores is None:
-        return _shrug(classes)
-    flagged = float(found.details.get("raw_index", 0.0)) > 2.0
-    q = torch.full((classes,), 0.1 / classes)
-    q[int(found.class_scores.argmax())] += 0.9
-    return Verdict(p=0.99 if flagged else 0.01, q=q, trigger=found.trigger, target=found.target)
 
 
 def _attackers(played: Played) -> tuple[Row, ...]:
