@@ -22,7 +22,7 @@ from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.networks import Anatomy, Whitening, anatomy
 from molehunt.suspect import Access, Suspect, freeze
-from molehunt.tasks import Images
+from molehunt.tasks import Augment, Images
 from molehunt.training import Recipe, accuracy, train
 
 
@@ -79,6 +79,7 @@ class FinePruning:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
         if self.steps < 0 or self.batch < 1:
             raise ValueError(f"steps must be 0 or more and batch 1 or more, got {self.steps} and {self.batch}")
+        self.recipe(1, "none")  # refuses the rest, here and not only after the ranking
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Repair a copy of the suspect; see the class."""
@@ -121,6 +122,24 @@ class FinePruning:
         held, tune = order[:size], order[size:]
         return Images(clean.x[tune], clean.y[tune]), Images(clean.x[held], clean.y[held])
 
+    def recipe(self, images: int, augment: Augment) -> Recipe:
+        """How so many images are fine-tuned on.
+
+        Raises:
+            ValueError: a setting out of range.
+        """
+        return Recipe(
+            epochs=max(1, self.steps) * min(self.batch, images) / images,
+            batch=self.batch,
+            optimizer="sgd",
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            schedule="cosine",
+            augment=augment,
+            initialize=False,
+        )
+
     def repair(
         self, suspect: Suspect, mask: Tensor, reader: Reader | None, tune: Images, held: Images, run: Run
     ) -> tuple[dict[str, Tensor], float]:
@@ -136,17 +155,7 @@ class FinePruning:
                 # A whitening layer is computed from data, not learned, and no recipe trains it.
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(not isinstance(module, Whitening))
-            recipe = Recipe(
-                epochs=self.steps * min(self.batch, len(tune.y)) / len(tune.y),
-                batch=self.batch,
-                optimizer="sgd",
-                lr=self.lr,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-                schedule="cosine",
-                augment=suspect.task.augment,
-                initialize=False,
-            )
+            recipe = self.recipe(len(tune.y), suspect.task.augment)
             with masked(model, parts.block, mask):
                 train(model, tune, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
         freeze(model)
