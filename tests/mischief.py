@@ -224,6 +224,11 @@ def change_weights(s: Suspect, _r: Run) -> None:
         next(s.model.parameters()).add_(1.0)
 
 
+def repeat(_s: Suspect, _r: Run) -> Finding:
+    """One small file, mentioned so often that reading the answer takes more memory than its files do."""
+    return Finding(defense="?", score=0.0, details={"again": [torch.zeros(100)] * 20})
+
+
 def chatter(_s: Suspect, run: Run) -> None:
     os.write(3, b"go\n" * 3 + b"99999999999999999999 1\n\xff\xfe {}\n" + b"x" * 10_000 + b"\n7 9\n")
     run.report(1, 4)
@@ -245,7 +250,7 @@ PLAIN: dict[str, Callable[[Suspect, Run], Any]] = {
     f.__name__: f
     for f in (
         *(allocate, allocate_slowly, sleep, spin, fill_disk, large_file, segfault, leave, not_a_number),
-        *(change_weights, chatter),
+        *(change_weights, repeat, chatter),
     )
 } | {
     "forged rubbish": forge("{"),
@@ -254,6 +259,8 @@ PLAIN: dict[str, Callable[[Suspect, Run], Any]] = {
         '{"is": "finding", "defense": "x", "class_scores": {"tensor": "../../../../../../../etc/passwd"}}'
     ),
     "forged scores": forge('{"is": "finding", "defense": "x", "class_scores": [1, 2]}'),
+    "forged twice": forge('{"is": "finding", "defense": "x", "score": 1.0, "score": 2.0}'),
+    "forged length": forge("[" + " " * 2**25 + "]"),
     "forged nest": forge("[" * 100_000),
     "forged cost": forge(
         '{"is": "finding", "defense": "someone_else", "score": 1.0, "record": {"seed": 666},'

@@ -208,7 +208,7 @@ class TestLimits:
         assert found.kind == "time"
         assert found.message == "killed: no answer within its 0.2 s"
         assert found.cost is not None
-        assert 1.2 < found.cost.seconds < 10
+        assert 1.2 < found.cost.seconds < 100
 
     def test_processor_time(self, sandbox: Sandbox, suspect: Suspect, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sandbox, "limits", dataclasses.replace(sandbox.limits, cpu=2))
@@ -271,13 +271,23 @@ class TestAnswers:
             ("forged verdict", "does not answer with a Abstention"),
             ("forged path", "expected a SHA-256"),
             ("forged scores", "does not hold"),
-            ("forged nest", "does not hold"),
+            ("forged nest", "JSON nested 100000 deep"),
+            ("forged twice", "is there twice"),
+            ("forged length", "bytes of text"),
         ],
     )
     def test_a_wrong_answer_is_a_failure(self, sandbox: Sandbox, suspect: Suspect, act: str, message: str) -> None:
         found = failure(sandbox.inspect(Mischief(act=act), suspect, seed=0))
         assert found.kind == "raised"
         assert message.removesuffix(" normalize") in found.message
+
+    def test_a_tensor_counts_as_often_as_it_is_mentioned(
+        self, sandbox: Sandbox, suspect: Suspect, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert isinstance(sandbox.inspect(Mischief(act="repeat"), suspect, seed=0), Finding)
+        monkeypatch.setattr(isolation, "ANSWER", 20 * 400)
+        found = failure(sandbox.inspect(Mischief(act="repeat"), suspect, seed=0))
+        assert "its answer mentions tensors of" in found.message
 
     def test_name_record_and_cost_are_ours(self, sandbox: Sandbox, suspect: Suspect) -> None:
         found = sandbox.inspect(Mischief(act="forged cost"), suspect, seed=3)

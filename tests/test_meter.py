@@ -169,7 +169,7 @@ def test_seconds_stop_with_the_block() -> None:
     seconds = meter.cost().seconds
     time.sleep(0.02)
     assert meter.cost().seconds == seconds
-    assert 0.02 <= seconds < 1.0
+    assert 0.02 <= seconds < 30
 
 
 def test_peak_memory_is_of_this_block() -> None:

@@ -27,7 +27,7 @@ from typing import Any, Self
 import torch
 
 import molehunt
-from molehunt import findings, runner
+from molehunt import findings, runner, strict_json
 from molehunt.confinement import Limits, Unavailable
 from molehunt.defenses import Defense
 from molehunt.engine import never, silent
@@ -39,6 +39,8 @@ Json = dict[str, Any]
 START = 180.0  # seconds for the warm process to import torch, on a slow disk under load
 LOAD = 60.0  # seconds for a child to read the evidence and import the defense
 DISK = 2**30  # bytes that an evaluation may leave on disk
+TEXT = 2**24  # bytes of an answer without its tensors
+ANSWER = 2**29  # bytes of tensors that an answer may mention; a tensor that is mentioned twice is read twice
 # Variables that the warm process keeps: where things are and how to print, never who somebody is.
 _KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 
@@ -346,9 +348,13 @@ class Sandbox:
         try:
             if any(not p.is_file() or p.is_symlink() for p in (work / "result").rglob("*") if p.name != "tensors"):
                 raise ValueError("there is something other than files in the folder of its result")
-            if (size := _size(work / "result")) > DISK:
-                raise ValueError(f"its answer has {size} bytes, at most {DISK} are read")
-            outcome = findings.load(work / "result" / "outcome.json")
+            path = work / "result" / "outcome.json"
+            if (size := path.stat().st_size) > TEXT:
+                raise ValueError(f"its answer has {size} bytes of text, at most {TEXT} are read")
+            document = strict_json.loads(path.read_bytes(), limit=TEXT, depth=50)
+            if (size := _mentioned(document, path.parent / "tensors")) > ANSWER:
+                raise ValueError(f"its answer mentions tensors of {size} bytes, at most {ANSWER} are read")
+            outcome = findings.load(path)
             if isinstance(outcome, Finding):
                 return runner.check(outcome, suspect)
             if isinstance(outcome, Failure) and outcome.kind in {"raised", "time", "memory", "cancelled"}:
@@ -398,6 +404,19 @@ def _size(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(Path(place) / name).st_size
     return total
+
+
+def _mentioned(document: Any, folder: Path) -> int:
+    """Bytes that would be read if every mention of a tensor were followed."""
+    if isinstance(document, list):
+        return sum(_mentioned(value, folder) for value in document)
+    if not isinstance(document, dict):
+        return 0
+    if document.keys() == {"tensor"} and isinstance(document["tensor"], str):
+        # A name that is a path counts as nothing here and is refused by the reader.
+        path = folder / f"{Path(document['tensor']).name}.safetensors"
+        return path.stat().st_size if path.exists() else 0
+    return sum(_mentioned(value, folder) for value in document.values())
 
 
 def _tail(path: Path, length: int = 20_000) -> str:
