@@ -173,6 +173,9 @@ def _check_kind(stream: BinaryIO, size: int) -> None:
         raise SubmissionError("this is a pickle; pickles can run code and are never read")
     if size < END.size or start != LOCAL_MAGIC:
         raise SubmissionError("this does not begin as a zip archive with members does")
+    stream.seek(LOCAL.size)
+    if b"/data.pkl" in stream.read(NAME_BYTES):  # the first member's name, in every file of torch.save
+        raise SubmissionError("this is a .pt file and not a submission; only `molehunt convert` reads those")
 
 
 def _read_end(stream: BinaryIO, size: int) -> tuple[int, int]:

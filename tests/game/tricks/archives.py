@@ -442,7 +442,7 @@ def pickle_renamed(folder: Path) -> Path:
     return save(folder, b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR.")
 
 
-@trick("only behind its content|is not expected|members; 1 to 64|lies in a folder")
+@trick("this is a .pt file")
 def torch_file_renamed(folder: Path) -> Path:
     path = folder / "upload.zip"
     torch.save(honest.state(), path)
