@@ -88,17 +88,17 @@ def inspect(
         cost = meter.cost()
         return Failure(defense=name, kind=kind, message=message, trace=trace[-_TRACE:], cost=cost, record=facts)
 
-    run = Run(
-        rng=generator(seed, name),
-        deadline=None if seconds is None else time.monotonic() + seconds,
-        report=report or silent,
-        cancelled=cancelled or never,
-        scratch=scratch,
-        engine=engine or Local(),
-    )
     outcome: Outcome
     try:
         with meter:
+            run = Run(
+                rng=generator(seed, name),
+                deadline=None if seconds is None else time.monotonic() + seconds,
+                report=report or silent,
+                cancelled=cancelled or never,
+                scratch=scratch,
+                engine=engine or Local(),
+            )
             finding = defense(suspect, run)
         late = -(run.remaining() or 0.0)
         if seconds is not None and late > grace(seconds):
