@@ -250,7 +250,8 @@ def first_problem(error: ValidationError) -> str:
     """Say in one short line what the first thing is that a schema refuses."""
     problem = error.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in problem["loc"])
-    return f"{strict_json.show(place)}: {problem['msg'].removeprefix('Value error, ')}, got {strict_json.show(problem['input'])}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{strict_json.show(place)}: {reason}, got {strict_json.show(problem['input'])}"
 
 
 def _plain(details: _Details) -> dict[str, Any]:
