@@ -14,7 +14,8 @@ GROUPS: tuple[str, ...] = (
     "engine",
     "training",
     "attacks defenses",
-    "runner meter untouched isolation zygote examination conformal calibration combine testing figures report scan",
+    "runner meter untouched isolation aftermath zygote examination "
+    "conformal calibration combine testing figures report scan",
     "game",
     "web client commands cli",
 )

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mischief import Mischief
-from molehunt import confinement, isolation, runner
+from molehunt import aftermath, confinement, isolation, runner
 from molehunt.confinement import Limits, Unavailable
 from molehunt.defenses import STRIP
 from molehunt.engine import Run
@@ -285,7 +285,7 @@ class TestAnswers:
         self, sandbox: Sandbox, suspect: Suspect, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert isinstance(sandbox.inspect(Mischief(act="repeat"), suspect, seed=0), Finding)
-        monkeypatch.setattr(isolation, "ANSWER", 20 * 400)
+        monkeypatch.setattr(aftermath, "ANSWER", 20 * 400)
         found = failure(sandbox.inspect(Mischief(act="repeat"), suspect, seed=0))
         assert "its answer mentions tensors of" in found.message
 
@@ -344,22 +344,6 @@ class TestAnswers:
         assert isinstance(ours, Finding)
         assert isinstance(theirs, Finding), theirs
         assert theirs.score == ours.score
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "kind"),
-    [
-        (1, "ValueError: no", "raised"),
-        (1, "MemoryError", "memory"),
-        (-6, "terminate called after throwing an instance of 'std::bad_alloc'\nFatal Python error: Aborted", "memory"),
-        (-6, "", "died"),
-        (-9, "", "memory"),
-        (-24, "", "time"),
-        (-64, "", "died"),
-    ],
-)
-def test_how_a_child_ended(code: int, output: str, kind: str) -> None:
-    assert isolation._death(code, output).kind == kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,20 +27,19 @@ from typing import Any, Self
 import torch
 
 import molehunt
-from molehunt import findings, runner, strict_json
+from molehunt import runner
+from molehunt.aftermath import Ended, answer, bytes_below, failure, last_words
 from molehunt.confinement import Limits, Unavailable
 from molehunt.defenses import Defense
 from molehunt.engine import never, silent
 from molehunt.evidence import Store, describe
-from molehunt.findings import Abstention, Cost, Failure, Finding, Outcome
+from molehunt.findings import Abstention, Cost, Failure, Outcome
 from molehunt.suspect import Suspect
 
 Json = dict[str, Any]
 START = 180.0  # seconds for the warm process to import torch, on a slow disk under load
 LOAD = 60.0  # seconds for a child to read the evidence and import the defense
 DISK = 2**30  # bytes that an evaluation may leave on disk
-TEXT = 2**24  # bytes of an answer without its tensors
-ANSWER = 2**29  # bytes of tensors that an answer may mention; a tensor that is mentioned twice is read twice
 # Variables that the warm process keeps: where things are and how to print, never who somebody is.
 _KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
 
@@ -134,7 +133,7 @@ class Sandbox:
             with self._working(scratch) as work:
                 self._send(self._request(work, scratch, threads, seconds) | request)
                 ended = self._watch([work, scratch or work], seconds, report or silent, cancelled or never)
-                outcome = self._answer(work, ended, suspect)
+                outcome = answer(work, ended, suspect)
         facts |= {"threads": threads, "isolation": {"memory": self.limits.memory, "missing": list(self.missing)}}
         claim = outcome.cost or Cost(seconds=0.0)
         forward, backward = (n if type(n) is int and n >= 0 else 0 for n in (claim.forward, claim.backward))
@@ -193,7 +192,7 @@ class Sandbox:
         try:
             hello = next(self._events(time.monotonic() + START), None)
             if hello is None:
-                raise RuntimeError(f"the sandbox did not start: {_tail(log)}")
+                raise RuntimeError(f"the sandbox did not start: {last_words(log)}")
             self._check_hidden(hello["readable"])
             self._check_walls()
         except BaseException:
@@ -219,7 +218,7 @@ class Sandbox:
                 if "exit" in event:
                     ended = event["exit"] == 0
                     break
-            output = _tail(work / "output.txt")
+            output = last_words(work / "output.txt")
         if not ended:
             raise Unavailable(f"isolation is not available here: {output.strip().splitlines()[-1:] or 'no answer'}")
         self.missing = tuple(found)
@@ -306,7 +305,7 @@ class Sandbox:
         seconds: float | None,
         report: Callable[[int, int], None],
         cancelled: Callable[[], bool],
-    ) -> "_Ended":
+    ) -> Ended:
         """Follow a child to its end, which comes when it is done, or we or the kernel kill it."""
         began = time.monotonic()
         deadline = began + LOAD
@@ -321,109 +320,19 @@ class Sandbox:
                 done, total = event["progress"]
                 report(done, total)
             elif "exit" in event:
-                return _Ended(event["exit"], now - began, event["peak_bytes"], why)
+                return Ended(event["exit"], now - began, event["peak_bytes"], why)
             if why is not None:
                 continue
             if now > deadline:
                 limit = LOAD if seconds is None or deadline == began + LOAD else seconds
-                why = _failure("time", f"killed: no answer within its {limit:g} s")
+                why = failure("time", f"killed: no answer within its {limit:g} s")
             elif cancelled():
-                why = _failure("cancelled", "killed: stopped by the user")
+                why = failure("cancelled", "killed: stopped by the user")
             elif now - looked > 0.5:
                 looked = now
-                if (size := sum(map(_size, set(places)))) > DISK:
-                    why = _failure("died", f"killed: it wrote {size} bytes to disk, at most {DISK} are allowed")
+                if (size := sum(map(bytes_below, set(places)))) > DISK:
+                    why = failure("died", f"killed: it wrote {size} bytes to disk, at most {DISK} are allowed")
             if why is not None:
                 self._send("kill")
         self._end()
-        return _Ended(-signal.SIGKILL, time.monotonic() - began, 0, why or _failure("died", "the sandbox itself died"))
-
-    def _answer(self, work: Path, ended: "_Ended", suspect: Suspect) -> Finding | Failure:
-        """Read what the child left, as from a stranger."""
-        output = _tail(work / "output.txt")
-        if ended.why is not None:
-            return dataclasses.replace(ended.why, trace=output)
-        if ended.code:
-            return _death(ended.code, output)
-        try:
-            if any(not p.is_file() or p.is_symlink() for p in (work / "result").rglob("*") if p.name != "tensors"):
-                raise ValueError("there is something other than files in the folder of its result")
-            path = work / "result" / "outcome.json"
-            if (size := path.stat().st_size) > TEXT:
-                raise ValueError(f"its answer has {size} bytes of text, at most {TEXT} are read")
-            document = strict_json.loads(path.read_bytes(), limit=TEXT, depth=50)
-            if (size := _mentioned(document, path.parent / "tensors")) > ANSWER:
-                raise ValueError(f"its answer mentions tensors of {size} bytes, at most {ANSWER} are read")
-            outcome = findings.load(path)
-            if isinstance(outcome, Finding):
-                return runner.check(outcome, suspect)
-            if isinstance(outcome, Failure) and outcome.kind in {"raised", "time", "memory", "cancelled"}:
-                return _failure(outcome.kind, str(outcome.message)[:2000], str(outcome.trace)[-20_000:], outcome.cost)
-            raise ValueError(f"a defense does not answer with a {type(outcome).__name__}")
-        except Exception as error:  # whatever a stranger's file can make a reader raise
-            return _failure("raised", f"its answer does not hold: {type(error).__name__}: {error}"[:2000], output)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ended:
-    """How a child ended: exit code (negative for a signal), seconds, peak memory, and why we killed it if we did."""
-
-    code: int
-    seconds: float
-    peak_bytes: int
-    why: Failure | None
-
-
-def _failure(kind: str, message: str, trace: str = "", cost: Cost | None = None) -> Failure:
-    return Failure(defense="", kind=kind, message=message, trace=trace, cost=cost)
-
-
-def _death(code: int, output: str) -> Failure:
-    """Say why a child ended that nobody here killed."""
-    last = output.strip().splitlines()[-1] if output.strip() else "no message"
-    if "MemoryError" in last or "can't allocate memory" in last or "bad_alloc" in output:
-        return _failure("memory", f"ran out of memory: {last}", output)
-    if code > 0:
-        return _failure("raised", f"ended before it could answer: {last}", output)
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    if -code == signal.SIGXCPU:
-        return _failure("time", "killed by the system: its processor time is used up", output)
-    if -code == signal.SIGKILL:
-        return _failure("memory", "killed by the system, most likely because memory ran out", output)
-    return _failure("died", f"died of {name}", output)
-
-
-def _size(folder: Path) -> int:
-    """Bytes in all files below a folder, as far as they can be seen."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(Path(place) / name).st_size
-    return total
-
-
-def _mentioned(document: Any, folder: Path) -> int:
-    """Bytes that would be read if every mention of a tensor were followed."""
-    if isinstance(document, list):
-        return sum(_mentioned(value, folder) for value in document)
-    if not isinstance(document, dict):
-        return 0
-    if document.keys() == {"tensor"} and isinstance(document["tensor"], str):
-        # A name that is a path counts as nothing here and is refused by the reader.
-        path = folder / f"{Path(document['tensor']).name}.safetensors"
-        return path.stat().st_size if path.exists() else 0
-    return sum(_mentioned(value, folder) for value in document.values())
-
-
-def _tail(path: Path, length: int = 20_000) -> str:
-    """The end of a text file that may hold anything."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - length))
-            return stream.read().decode("utf-8", "replace")
-    except OSError:
-        return ""
+        return Ended(-signal.SIGKILL, time.monotonic() - began, 0, why or failure("died", "the sandbox itself died"))
