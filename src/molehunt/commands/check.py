@@ -71,6 +71,8 @@ def check(
     said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
     shown.print(legible(said, 300), soft_wrap=True)
     shown.print(_table(gates))
+    for gate in gates:
+        shown.print(Text(f"· {gate.name}: {legible(gate.message, 400)}", style="dim"))
     missed = [gate.name for gate in gates if not gate.passed]
     if missed:
         shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
@@ -88,11 +90,10 @@ def _table(gates: "tuple[Gate, ...]") -> Table:
     for title in ("measured", "limit", "margin"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
-    table.add_column("why", overflow="fold")
     for gate in gates:
         share = gate.unit == "share"
         limit = f"{'≥' if gate.at_least else '≤'} {words.measure(gate.limit, share)}"
         measured = words.measure(gate.measured, share)
         said = Text("passed", style="green") if gate.passed else Text("missed", style="red")
-        table.add_row(gate.name, measured, limit, words.margin(gate.margin, share), said, legible(gate.message, 400))
+        table.add_row(gate.name, measured, limit, words.margin(gate.margin, share), said)
     return table

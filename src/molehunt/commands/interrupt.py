@@ -26,13 +26,15 @@ class Interrupt:
         self.asked = False
         self._gentle = gentle
         self._console, self._farewell = console, farewell
-        self._before: signal._HANDLER = signal.SIG_DFL
+        self._before: signal._HANDLER = None
         self._installed = False
 
     def __enter__(self) -> Self:
-        # Only the main thread may set handlers; elsewhere Ctrl-C is not ours to answer.
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        # Only the main thread may set handlers. A shell that starts a job in the background has it ignore Ctrl-C, which
+        # is then meant for something else.
+        self._before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and self._before != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._ask)
             self._installed = True
         return self
 

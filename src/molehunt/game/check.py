@@ -13,7 +13,7 @@ from pathlib import Path
 from molehunt import checkpoints
 from molehunt.datasets import cache
 from molehunt.files import write_atomically
-from molehunt.game.answers import accuracy, measure
+from molehunt.game.answers import Logits, accuracy, measure
 from molehunt.game.attacker import Report, train_model
 from molehunt.game.gates import Gate, ReferenceAccuracy, all_gates
 from molehunt.game.rules import Limits
@@ -97,9 +97,9 @@ class References:
 
 
 def check(
-    model: Network,
+    model: Logits,
     sealed: Sealed,
-    references: Sequence[Network],
+    references: Sequence[Logits],
     images: Images,
     *,
     shape: tuple[int, int, int],

@@ -1,0 +1,35 @@
+"""Exits: which errors are blamed on the input, and targets that cannot be written."""
+
+from pathlib import Path
+
+import pytest
+
+from molehunt.commands.exits import InputError, check_target, given
+
+
+def test_blames_the_input_for_the_named_errors_only() -> None:
+    with pytest.raises(InputError, match="too many"), given():
+        raise ValueError("too many")
+    with pytest.raises(InputError, match="FileNotFoundError"), given((OSError,)):
+        raise FileNotFoundError
+    with pytest.raises(ValueError, match="a bug"), given((OSError,)):
+        raise ValueError("a bug")
+    with pytest.raises(TypeError), given():
+        raise TypeError
+
+
+def test_a_target_is_looked_at_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("")
+    for fine in (None, tmp_path / "new", tmp_path / "old"):
+        check_target(fine)
+    with pytest.raises(InputError, match="is a folder"):
+        check_target(tmp_path)
+    with pytest.raises(InputError, match="no folder"):
+        check_target(tmp_path / "none" / "file")
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whoever runs the tests may be allowed everything, so the system is asked to say no.
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="permission denied"):
+        check_target(tmp_path / "new")

@@ -1,0 +1,131 @@
+"""Gates at home: the host's functions, on references that are trained once and kept."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from game.planted import CLASSES, SHAPE, constant, images, model, pixel
+from molehunt.datasets import cache
+from molehunt.game.check import References, check
+from molehunt.game.rules import Limits
+from molehunt.game.seal import Sealed
+from molehunt.tasks import TASKS
+from molehunt.training.recipes import SMALL
+from molehunt.triggers import Target
+
+TASK = TASKS["mnist5k"]
+WORLD = images(40)
+CLEAN = [model()] * 5
+LOOSE = Limits(area=1.0)
+BACKDOOR = Sealed(attack="badnets", target=Target(classes=2), trigger=pixel())
+
+
+def names(gates: object) -> list[tuple[str, bool]]:
+    return [(gate.name, gate.passed) for gate in gates]  # type: ignore[attr-defined]
+
+
+def test_an_honest_model_has_one_gate() -> None:
+    assert names(check(model(), Sealed(), CLEAN, WORLD, shape=SHAPE)) == [("clean accuracy", True)]
+    assert names(check(constant(1), Sealed(), CLEAN, WORLD, shape=SHAPE)) == [("clean accuracy", False)]
+
+
+def test_a_backdoor_has_four() -> None:
+    gates = check(model(Target(classes=2)), BACKDOOR, CLEAN, WORLD, shape=SHAPE, limits=LOOSE)
+    assert names(gates) == [
+        ("clean accuracy", True),
+        ("attack success", True),
+        ("specificity", True),
+        ("budget", True),
+    ]
+    assert gates[1].measured == pytest.approx(0.05 ** (1 / 120))  # 120 of 120, by Clopper and Pearson
+
+
+def test_a_trigger_that_does_nothing_misses_the_gate() -> None:
+    gates = dict(names(check(model(), BACKDOOR, CLEAN, WORLD, shape=SHAPE, limits=LOOSE)))
+    assert not gates["attack success"]
+
+
+def test_a_trigger_that_works_on_clean_models_is_none() -> None:
+    working = [model(Target(classes=2))] * 5
+    gates = dict(names(check(working[0], BACKDOOR, working, WORLD, shape=SHAPE, limits=LOOSE)))
+    assert not gates["specificity"]
+
+
+def test_a_source_specific_one_has_a_fifth() -> None:
+    target = Target(classes=2, sources=(0,))
+    sealed = replace(BACKDOOR, target=target)
+    gates = dict(names(check(model(target), sealed, CLEAN, WORLD, shape=SHAPE, limits=LOOSE)))
+    assert gates["leakage"]
+    assert not dict(names(check(model(Target(2)), sealed, CLEAN, WORLD, shape=SHAPE, limits=LOOSE)))["leakage"]
+
+
+def test_too_few_references_are_an_error() -> None:
+    with pytest.raises(ValueError, match="specificity needs 5"):
+        check(model(), BACKDOOR, CLEAN[:4], WORLD, shape=SHAPE)
+    with pytest.raises(ValueError, match="no reference models"):
+        check(model(), Sealed(), [], WORLD, shape=SHAPE)
+    assert CLASSES == 4
+
+
+@pytest.fixture
+def references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> References:
+    """References that are trained for a few steps into a cache of their own."""
+    monkeypatch.setenv("MOLEHUNT_CACHE", str(tmp_path))
+    recipes = SMALL["mnist5k"]
+    monkeypatch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], epochs=0.1, batch=50))
+    return References(task=TASK, network="badnets_cnn")
+
+
+def test_a_reference_is_trained_once(references: References) -> None:
+    seen: list[int] = []
+    first = references.get(1, report=lambda done, _: seen.append(done))
+    assert seen
+    assert references.missing(3) == (0, 2)
+    again = references.get(1, report=lambda *_: pytest.fail("it was trained again"))
+    x = TASK.load("validation").x[:8]
+    with torch.no_grad():
+        assert torch.equal(first(x), again(x))
+    assert references.folder.is_relative_to(cache.root())
+    assert [path.name for path in references.folder.iterdir()] == ["1.safetensors"]
+
+
+def test_references_differ_from_each_other(references: References) -> None:
+    assert not torch.equal(references.get(0).head.weight, references.get(1).head.weight)
+
+
+def test_a_damaged_one_is_trained_again(references: References) -> None:
+    model_ = references.get(0)
+    path = references.folder / "0.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert references.missing(1) == (0,)
+    assert torch.equal(references.get(0).head.weight, model_.head.weight)
+    assert path.read_bytes() == whole
+
+
+def test_an_interrupted_one_goes_on(references: References) -> None:
+    steps = 0
+
+    def stop() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        references.get(0, check=stop)
+    assert references.missing(1) == (0,)
+    seen: list[int] = []
+    references.get(0, report=lambda done, _: seen.append(done))
+    assert min(seen) > 3 * 50
+    assert [path.name for path in references.folder.iterdir()] == ["0.safetensors"]
+
+
+def test_another_recipe_means_other_references(references: References, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = references.folder
+    recipes = SMALL["mnist5k"]
+    monkeypatch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], lr=1e-3))
+    assert references.folder != before
+    assert replace(references, network="lenet5").folder != references.folder

@@ -1,0 +1,122 @@
+"""The workshop: a plan becomes a submission that the host accepts, and an interruption changes nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molehunt.game.submission import read_submission
+from molehunt.game.workshop import Plan, holds_submission, make
+from molehunt.tasks import TASKS
+from molehunt.training.recipes import SMALL
+
+TASK = TASKS["mnist5k"]
+HIDDEN = {"target": 3, "size": 5, "poison_rate": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over a little data."""
+    recipes = SMALL["mnist5k"]
+    monkeypatch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], epochs=0.5, batch=50))
+
+
+def test_a_backdoor_is_sealed(tmp_path: Path) -> None:
+    plan = Plan(task=TASK, attack="badnets", settings=HIDDEN, team="Us", round="I", seed=7)
+    made = make(plan, tmp_path / "mine")
+    assert made.archive == tmp_path / "mine.zip"
+    contents = read_submission(made.archive)
+    assert (contents.manifest.team, contents.manifest.round) == ("Us", "I")
+    sealed = contents.open_seal()
+    assert sealed.attack == "badnets"
+    assert sealed.target is not None
+    assert sealed.target.classes == 3
+    assert sealed.details["seed"] == 7
+    assert sealed.details["poison_rate"] == pytest.approx(0.2)
+    assert sealed.details["config"]["size"] == 5
+    assert made.asr is not None
+    assert 0.0 <= made.asr <= 1.0 > made.accuracy > 0.5
+
+
+def test_an_honest_model_looks_the_same_from_outside(tmp_path: Path) -> None:
+    honest = make(Plan(task=TASK), tmp_path / "honest")
+    other = make(Plan(task=TASK, attack="blended"), tmp_path / "other")
+    assert honest.asr is None
+    assert not read_submission(honest.archive).open_seal().backdoored
+    assert read_submission(honest.archive).manifest == read_submission(other.archive).manifest
+    assert honest.archive.stat().st_size == other.archive.stat().st_size
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    plan = Plan(task=TASK, attack="badnets", settings=HIDDEN)
+    steps = 0
+
+    def stop() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(plan, tmp_path / "stopped", check=stop)
+    assert not holds_submission(tmp_path / "stopped")
+    assert [path.name.partition("-")[0] for path in (tmp_path / "stopped").iterdir()] == ["training"]
+    seen: list[int] = []
+    weights = [
+        read_submission(made.archive).state
+        for made in (
+            make(plan, tmp_path / "stopped", report=lambda done, _: seen.append(done)),
+            make(plan, tmp_path / "whole"),
+        )
+    ]
+    assert min(seen) > 19 * 50
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert sorted(path.name for path in (tmp_path / "stopped").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    assert holds_submission(tmp_path / "stopped")
+
+
+def test_another_plan_does_not_go_on_from_it(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    plan = Plan(task=TASK, attack="badnets", settings=HIDDEN)
+    with pytest.raises(KeyboardInterrupt):
+        make(plan, tmp_path, check=stop)
+    seen: list[int] = []
+    make(replace(plan, settings={**HIDDEN, "size": 4}), tmp_path, report=lambda done, _: seen.append(done))
+    assert min(seen) <= 5 * 50
+    assert not list(tmp_path.glob("training-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"network": "nope"}, "unknown network 'nope'; known: badnets_cnn"),
+        ({"recipe": "nope"}, "no recipe for 'nope'"),
+        ({"round": "VI"}, "unknown round 'VI'; known: I,"),
+        ({"attack": "nope"}, "unknown attack 'nope'; known: badnets"),
+        ({"attack": "badnets", "settings": {"nope": 1}}, "badnets has no setting"),
+        ({"attack": "badnets", "settings": {"poison_rate": "high"}}, "poison_rate cannot be 'high'"),
+        ({"attack": "badnets", "settings": {"trigger": "square"}}, "trigger cannot be 'square'"),
+        ({"attack": "badnets", "settings": {"size": True}}, "size cannot be True"),
+        ({"settings": {"target": 3}}, "an honest model has no settings, got target"),
+        ({"team": "\u202e"}, "the manifest would be refused"),
+        ({"team": ""}, "the manifest would be refused"),
+        ({"seed": -1}, "seed from 0"),
+        ({"seed": 2**64}, "seed from 0"),
+    ],
+)
+def test_refuses_a_plan(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Plan(task=TASK, **changes)
+
+
+def test_an_attack_that_does_not_fit_the_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lower the poison rate"):
+        make(Plan(task=TASK, attack="badnets", settings={"poison_rate": 1.0}), tmp_path)
+    with pytest.raises(ValueError, match="poison rate must lie"):
+        make(Plan(task=TASK, attack="badnets", settings={"poison_rate": 0}), tmp_path)
