@@ -115,6 +115,8 @@ class Penalty:
         self.best = best
         self.done = self._raised & self._lowered & (self._still >= rule.stop_after)
 
+        # A row that is done keeps the lambda it ended with; its counters no longer matter.
+        last = self.value
         self._first = torch.where((self.value == 0) & works, self._first + 1, 0)
         begin = self._first >= rule.patience
         self.value = torch.where(begin, rule.penalty, self.value)
@@ -127,7 +129,8 @@ class Penalty:
         self._lowered = (self._lowered & ~begin) | falls
         self._hits = torch.where(rises, 0, self._hits)
         self._misses = torch.where(falls, 0, self._misses)
-        self.value = torch.where(rises, self.value * rule.up, torch.where(falls, self.value / rule.down, self.value))
+        moved = torch.where(rises, self.value * rule.up, torch.where(falls, self.value / rule.down, self.value))
+        self.value = torch.where(self.done, last, moved)
         return better
 
     def keep(self, rows: Tensor) -> None:
@@ -259,9 +262,12 @@ def _search(
     )
     size = batches.shape[1]
     hits, norms = penalty.value.new_zeros(2, len(targets)).unbind()
+    middle = answer.mask, answer.pattern
     for number, chosen in enumerate(batches, start=1):
         leaves = [v.requires_grad_() for v in free]
         m, p = _squash(leaves[0]), _squash(leaves[1])
+        if (number - 1) % rule.updates == rule.updates // 2:
+            middle = m.detach(), p.detach()
         goal = targets[alive].repeat_interleave(size)
         out = logits(stamp(x[chosen], m, p).flatten(0, 1))
         norm = m.sum(dim=(1, 2, 3))
@@ -279,7 +285,9 @@ def _search(
             continue
         better = penalty.step(hits / rule.updates, norms / rule.updates)
         won = alive[better]
-        answer.mask[won], answer.pattern[won] = _squash(free[0][better]), _squash(free[1][better])
+        # The step's averages are about the patch in its middle. At its end, where the official code takes it, a mask
+        # that lambda is pushing below the edge of success no longer works.
+        answer.mask[won], answer.pattern[won] = middle[0][better], middle[1][better]
         answer.works[won] = True
         answer.penalty[alive] = penalty.value
         # Asks the device once per step, never per update.

@@ -35,17 +35,22 @@ def spread(values: Tensor) -> Tensor:
     return torch.where(mad > 0, mad, MEAN_TO_SIGMA * distance.mean())
 
 
-def smallness(values: Tensor) -> Tensor:
+def smallness(values: Tensor, floor: float = 0.0) -> Tensor:
     """How far each of (K,) values lies BELOW the median, in robust standard deviations: float64 (K,).
 
     Positive on the small side, negative on the large side, 0 at the median; all 0 if the values are equal. The largest
-    entry is the one-sided anomaly index of the smallest value. Neither unit nor order of the values matters.
+    entry is the one-sided anomaly index of the smallest value. Neither order nor (without a floor) unit matters.
+
+    Args:
+        values: (K,).
+        floor: the smallest standard deviation to divide by, in the unit of the values. A MAD of ten values is small by
+            chance now and then; where the noise of a single value is known, no spread below it is believed.
 
     Raises:
         ValueError: as in `median`.
     """
     below = median(values) - values.double()
-    scale = spread(values)
+    scale = spread(values).clamp(min=floor)
     # The inner where keeps 0 / 0 from happening at all: its NaN would be dropped, but a tiny scale must not overflow.
     return torch.where(scale > 0, below / torch.where(scale > 0, scale, torch.ones_like(scale)), below * 0.0)
 

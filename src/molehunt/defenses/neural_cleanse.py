@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from molehunt.defenses._inversion import Inversion, Schedule, invert, random_start, schedule_batches
-from molehunt.defenses._statistics import smallness
+from molehunt.defenses._statistics import median, smallness
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
@@ -16,9 +16,10 @@ from molehunt.tasks import Images
 from molehunt.triggers import Patch
 
 FAST = Schedule(
-    steps=30,
+    steps=15,
     updates=5,
-    batch=16,
+    batch=8,
+    rate=0.2,
     success=0.975,
     penalty=1e-2,
     from_zero=False,
@@ -54,11 +55,11 @@ class Patches(NamedTuple):
 class NeuralCleanse:
     """Search, for every class, the smallest patch that sends clean images there.
 
-    Score: how far the smallest mask lies below the median of all classes, in robust standard deviations (MAD) of the
-    logarithms of the L1 norms; at least 0, higher is more suspicious, no upper bound. It is 0 where all masks are
-    equally large and where fewer than two classes have a patch that works. The paper flags above 2 on raw norms (here
-    `details["raw_index"]`); with ten classes and normal norms that flags one clean model in three, so compare with
-    clean reference models instead.
+    Score: how far the smallest mask lies below the median of all classes, in robust standard deviations (MAD, but at
+    least `floor`) of the logarithms of the L1 norms; at least 0, higher is more suspicious, no upper bound. It is 0
+    where all masks are equally large and where fewer than two classes have a patch that works. The paper flags above
+    2 on raw norms (here `details["raw_index"]`); with ten classes and normal norms that flags one clean model in
+    three, so compare with clean reference models instead.
 
     Class scores: the same distance for every class; censored classes (below) lie one under the lowest other.
 
@@ -66,13 +67,15 @@ class NeuralCleanse:
     `confirm` of the held-out images there, is *censored*: its norm becomes the largest one observed, so that it is
     never the outlier. The trigger is the smallest working patch, also on a clean model; None if there is none.
 
-    Details: `norms`, `success`, `censored`, `penalty`, `steps` and `searched` per class; `raw_index`, `log_index` and
-    `log_ratio` (logarithm of median over smallest norm); `flagged` (the paper's rule on raw norms); `candidates`, the
-    patches of the smallest classes, as a list of {target, norm, success, trigger}.
+    Details: `norms`, `success`, `censored`, `penalty`, `steps` per class of `searched`; `raw_index` and `log_index`
+    (without floor), `log_ratio` (logarithm of median over smallest norm); `flagged` (the paper's rule on raw norms);
+    `candidates`, the patches of the smallest classes, as a list of {target, norm, success, trigger}.
 
     Attributes:
         schedule: length of the searches and behavior of lambda; `FAST`, `OFFICIAL` or your own.
         norms: which norms the score compares, their logarithms or the raw ones.
+        floor: smallest standard deviation of the logarithms that is believed: about what two searches of one class
+            differ by. Unused with raw norms.
         restarts: searches per class from different random starts; the smallest mask that works counts.
         shortlist: with many classes: search all for `screening` of the steps, then in full only the so many with the
             smallest masks, among which alone the score is computed. None searches all classes in full.
@@ -91,8 +94,9 @@ class NeuralCleanse:
         Neural Networks", IEEE S&P 2019.
 
     Departures from the paper:
-        The score compares logarithms of norms. All classes share one batch. The default schedule moves lambda every
-        few updates instead of every sweep and starts above 0. Patches are confirmed on held-out images, and classes
+        The score compares logarithms of norms and bounds their spread from below. All classes share one batch. The
+        default schedule moves lambda every few updates instead of every sweep and starts above 0; each class is
+        searched from several starts. The patch that is kept is the one in the middle of its step. Patches are confirmed on held-out images, and classes
         without a working one are censored. The loss is the cross-entropy that the paper states; the authors' code
         minimizes 16.1 (1 - p). Filtering inputs, pruning and unlearning are not done here.
     """
@@ -101,7 +105,8 @@ class NeuralCleanse:
 
     schedule: Schedule = FAST
     norms: Literal["log", "raw"] = "log"
-    restarts: int = 1
+    floor: float = 0.2
+    restarts: int = 3
     shortlist: int | None = None
     screening: float = 0.3
     start: float = 1.0
@@ -113,6 +118,8 @@ class NeuralCleanse:
     def __post_init__(self) -> None:
         if self.norms not in ("log", "raw"):
             raise ValueError(f'norms is "log" or "raw", got {self.norms!r}')
+        if not self.floor >= 0:
+            raise ValueError(f"floor must not be negative, got {self.floor}")
         for name in ("restarts", "candidates", "limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -128,7 +135,7 @@ class NeuralCleanse:
     @classmethod
     def official(cls) -> "NeuralCleanse":
         """The authors' published settings: their schedule, raw norms."""
-        return cls(schedule=OFFICIAL, norms="raw", holdout=0.1)
+        return cls(schedule=OFFICIAL, norms="raw", restarts=1, holdout=0.1)
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Search every class of the suspect; see the class."""
@@ -193,16 +200,16 @@ class NeuralCleanse:
         norms = found.norm.clone()
         if bool(works.any()):
             norms[~works] = norms[works].max()
-        indices = {"raw": smallness(norms), "log": smallness(norms.log())}
+        raw, log = smallness(norms), smallness(norms.log())
+        small = raw if self.norms == "raw" else smallness(norms.log(), self.floor)
+        # One working class has nothing to be compared with, since the others are given its norm.
         usable = int(works.sum()) >= 2
-        index = {kind: float(values.max()) if usable else 0.0 for kind, values in indices.items()}
-        small = indices[self.norms]
         lowest = float(small.min()) - 1.0
         class_scores = torch.full((total,), lowest, dtype=torch.float64)
         class_scores[classes] = torch.where(works, small, lowest)
 
         order = torch.where(works, norms, math.inf).argsort(stable=True)[: int(works.sum())]
-        best = [
+        best: list[dict[str, Any]] = [
             {
                 "target": int(classes[row]),
                 "norm": float(norms[row]),
@@ -218,15 +225,15 @@ class NeuralCleanse:
             "censored": (~works).tolist(),
             "penalty": found.penalty.tolist(),
             "steps": found.steps.tolist(),
-            "raw_index": index["raw"],
-            "log_index": index["log"],
-            "log_ratio": float(norms.log().quantile(0.5) - norms.log().min()),
-            "flagged": [int(c) for c, far in zip(classes, indices["raw"], strict=True) if usable and far > 2],
+            "raw_index": float(raw.max()) if usable else 0.0,
+            "log_index": float(log.max()) if usable else 0.0,
+            "log_ratio": float(median(norms.log()) - norms.log().min()) if usable else 0.0,
+            "flagged": [int(c) for c, far in zip(classes, raw, strict=True) if usable and far > 2],
             "candidates": best,
         }
         return Finding(
             defense="neural_cleanse",
-            score=index[self.norms],
+            score=float(small.max()) if usable else 0.0,
             class_scores=class_scores.float(),
             trigger=best[0]["trigger"] if best else None,
             target=best[0]["target"] if best else None,
