@@ -51,6 +51,8 @@ def test_finds_the_planted_class_and_patch(target: int, seed: int) -> None:
 class Square(nn.Module):
     """A clean network with 50 logits more for one class once most of a white corner square is there."""
 
+    mask: Tensor
+
     def __init__(self, inner: nn.Module, square: Patch, target: int) -> None:
         super().__init__()
         self.inner, self.target = inner, target
@@ -105,7 +107,7 @@ def test_the_scan_changes_neither_weights_nor_norm_statistics_nor_pictures() -> 
 
 def test_the_score_compares_logarithms_or_raw_norms() -> None:
     suspect = planted().suspect
-    log, raw = (asked(NeuralCleanse(norms=kind), suspect) for kind in ("log", "raw"))  # type: ignore[arg-type]
+    log, raw = (asked(NeuralCleanse(norms=kind), suspect) for kind in ("log", "raw"))
     assert raw.score == raw.details["raw_index"] == log.details["raw_index"]
     assert log.score not in (raw.score, None)
     bare = asked(NeuralCleanse(floor=0.0), suspect)
@@ -132,6 +134,8 @@ def test_the_finding_goes_to_a_file_and_comes_back(tmp_path: Path) -> None:
 
 class Shifted(nn.Module):
     """A network with constants added to its logits."""
+
+    offset: Tensor
 
     def __init__(self, inner: nn.Module, offset: Tensor) -> None:
         super().__init__()
@@ -277,8 +281,8 @@ class Bad:
 @pytest.mark.parametrize(
     "bad",
     [
-        Bad("norms", "sqrt"), Bad("floor", -0.1), Bad("restarts", 0), Bad("candidates", 0), Bad("limit", 0), Bad("shortlist", 2),
-        Bad("screening", 1.0), Bad("holdout", 0.0), Bad("start", 0.0), Bad("confirm", 1.1),
+        Bad("norms", "sqrt"), Bad("floor", -0.1), Bad("restarts", 0), Bad("candidates", 0), Bad("limit", 0),
+        Bad("shortlist", 2), Bad("screening", 1.0), Bad("holdout", 0.0), Bad("start", 0.0), Bad("confirm", 1.1),
     ],
     ids=str,
 )  # fmt: skip

@@ -96,9 +96,9 @@ class NeuralCleanse:
     Departures from the paper:
         The score compares logarithms of norms and bounds their spread from below. All classes share one batch. The
         default schedule moves lambda every few updates instead of every sweep and starts above 0; each class is
-        searched from several starts. The patch that is kept is the one in the middle of its step. Patches are confirmed on held-out images, and classes
-        without a working one are censored. The loss is the cross-entropy that the paper states; the authors' code
-        minimizes 16.1 (1 - p). Filtering inputs, pruning and unlearning are not done here.
+        searched from several starts. The patch that is kept is the one in the middle of its step. Patches are confirmed
+        on held-out images, and classes without a working one are censored. The loss is the cross-entropy that the paper
+        states; the authors' code minimizes 16.1 (1 - p). Filtering inputs, pruning and unlearning are not done here.
     """
 
     needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CLEAN}),)
