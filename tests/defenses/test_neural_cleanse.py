@@ -215,6 +215,21 @@ def test_a_patch_that_fails_on_held_out_pictures_is_censored(monkeypatch: pytest
     assert found.target != 3
 
 
+def test_where_the_smallest_patch_fails_the_next_restart_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, float]] = []
+
+    def fails_once(suspect: Suspect, held: Images, patch: Patch, target: int) -> float:
+        tried.append((target, float(patch.mask.sum())))
+        return 1.0 if target != 3 or len([t for t, _ in tried if t == 3]) == 2 else 0.5
+
+    monkeypatch.setattr(neural_cleanse, "_success", fails_once)
+    found = asked(NeuralCleanse(), planted(target=3).suspect)
+    first, second = (norm for target, norm in tried if target == 3)
+    assert first < second
+    assert found.details["norms"][3] == pytest.approx(second, rel=1e-5)
+    assert len(tried) == 11, "a confirmed class needs no further trial"
+
+
 def test_restarts_keep_the_smallest_mask_that_works() -> None:
     suspect = planted(backdoored=False).suspect
     once = asked(NeuralCleanse(schedule=SHORT, restarts=1), suspect)

@@ -175,24 +175,37 @@ class NeuralCleanse:
         ends = invert(
             suspect.forward, x, targets, (mask[rows], pattern[rows]), batches, rule, limit=self.limit, tick=tick
         )
-        ends = Inversion(*(column.cpu() for column in ends))
-        success = []
-        for target, m, p in zip(targets.tolist(), ends.mask, ends.pattern, strict=True):
-            run.check()
-            success.append(_success(suspect, held, Patch(mask=m, pattern=p), target))
-        every = Patches(
-            mask=ends.mask,
-            pattern=ends.pattern,
-            norm=ends.mask.double().sum(dim=(1, 2, 3)),
-            success=torch.tensor(success, dtype=torch.float64),
-            works=ends.works & (torch.tensor(success) >= self.confirm),
-            penalty=ends.penalty,
-            steps=ends.steps,
+        return self._confirm(suspect, Inversion(*(column.cpu() for column in ends)), held, classes, run)
+
+    def _confirm(self, suspect: Suspect, ends: Inversion, held: Images, classes: Tensor, run: Run) -> Patches:
+        """Keep of a class's searches, restart by restart, the smallest patch that held-out images confirm."""
+        norm = ends.mask.double().sum(dim=(1, 2, 3))
+        rank = torch.where(ends.works, norm, math.inf).view(self.restarts, -1)
+        kept: list[tuple[int, float]] = []
+        for column, target in enumerate(classes.tolist()):
+            tried: list[tuple[int, float]] = []
+            # Smallest first: as a rule the first is confirmed, and the others need not be tried.
+            for restart in rank[:, column].argsort(stable=True).tolist():
+                run.check()
+                row = restart * len(classes) + column
+                patch = Patch(mask=ends.mask[row], pattern=ends.pattern[row])
+                tried.append((row, _success(suspect, held, patch, target)))
+                if bool(ends.works[row]) and tried[-1][1] >= self.confirm:
+                    kept.append(tried[-1])
+                    break
+            else:
+                kept.append(tried[0])
+        rows = [row for row, _ in kept]
+        success = torch.tensor([rate for _, rate in kept], dtype=torch.float64)
+        return Patches(
+            mask=ends.mask[rows],
+            pattern=ends.pattern[rows],
+            norm=norm[rows],
+            success=success,
+            works=ends.works[rows] & (success >= self.confirm),
+            penalty=ends.penalty[rows],
+            steps=ends.steps[rows],
         )
-        # Of a class's restarts the smallest mask that works; where none does, any.
-        rank = torch.where(every.works, every.norm, math.inf).view(self.restarts, -1)
-        chosen = rank.argmin(0) * len(classes) + torch.arange(len(classes))
-        return Patches(*(column[chosen] for column in every))
 
     def _answer(self, found: Patches, classes: Tensor, total: int) -> Finding:
         """Make the statistic and the finding."""
