@@ -164,7 +164,7 @@ def test_a_folder_gives_all_its_pictures(tmp_path: Path) -> None:
     images = clean_images(TASKS["mnist5k"], 0, pictures)
     assert torch.bincount(images.y).tolist() == [12] * 10
     assert len(images.y) <= DEFENDER
-    assert images.y[:20].unique().numel() > 3, "classes are mixed"
+    assert len(set(images.y[:20].tolist())) > 3, "classes are mixed"
 
 
 def test_pictures_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""`molehunt scan`: an exit code per answer, and one of its own for everything that is no answer."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import molehunt.scan
+from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
+from molehunt import calibration, combine, defenses
+from molehunt.calibration import Population, Reference
+from molehunt.cli import main
+from molehunt.defenses import NeuralCleanse
+from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
+from molehunt.game import seal, submission, workshop
+from molehunt.game.workshop import Plan
+from molehunt.report import ScanReport
+from molehunt.runner import configuration
+from molehunt.tasks import TASKS
+from molehunt.training.recipes import SMALL
+
+TASK = TASKS["mnist5k"]
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of drawn weights, for tests in which nothing looks at the model."""
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    path.write_bytes(honest.weights())
+    return path
+
+
+def scanning(path: Path, *options: str) -> int:
+    """Scan a file of weights."""
+    return main(["scan", str(path), "--task", TASK.name, "--network", honest.NETWORK, *options])
+
+
+def answers(p: float, *outcomes: Outcome) -> Callable[..., ScanReport]:
+    """A stand-in for the scan itself."""
+
+    def answer(*_: Any, **settings: Any) -> ScanReport:
+        verdict = Verdict(p=p, q=torch.full((10,), 0.1), outcomes=outcomes)
+        return ScanReport(
+            name=settings["name"],
+            task=TASK.name,
+            network=honest.NETWORK,
+            shape=TASK.shape,
+            classes=TASK.classes,
+            verdict=verdict,
+            found_at=settings["found_at"],
+            clear_at=settings["clear_at"],
+            command=settings["command"],
+        )
+
+    return answer
+
+
+SPOKE = Finding(defense="strip", score=1.0)
+SILENT = (
+    Abstention(defense="strip", reason="not granted"),
+    Failure(defense="neural_cleanse", kind="raised", message="broke"),
+    Finding(defense="fine_pruning", repaired={}),
+)
+
+
+@pytest.mark.parametrize(
+    ("p", "options", "code"),
+    [
+        (0.8, (), 1),
+        (0.799, (), 2),
+        (0.5, (), 2),
+        (0.201, (), 2),
+        (0.2, (), 0),
+        (0.95, ("--found-at", "0.96"), 2),
+        (0.5, ("--found-at", "0.5"), 1),
+        (0.3, ("--clear-at", "0.3"), 0),
+        (0.19, ("--clear-at", "0.1"), 2),
+        (0.999, ("--found-at", "1"), 2),
+        (0.001, ("--clear-at", "0"), 2),
+    ],
+)
+def test_the_answer_is_the_exit_code(
+    p: float, options: tuple[str, ...], code: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(molehunt.scan, "scan", answers(p, SPOKE))
+    assert scanning(model, *options) == code
+
+
+@pytest.mark.parametrize("p", [0.01, 0.5, 0.99])
+def test_if_no_defense_had_an_opinion_it_could_not_tell(
+    p: float, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    monkeypatch.setattr(molehunt.scan, "scan", answers(p, *SILENT))
+    assert scanning(model) == 2
+    assert "Could not tell" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--found-at", "0.2"], "--clear-at must lie below --found-at"),
+        (["--found-at", "0.1"], "--clear-at must lie below --found-at"),
+        (["--found-at", "nan"], "--clear-at must lie below --found-at"),
+        (["--found-at", "1.1"], "--clear-at must lie below --found-at"),
+        (["--clear-at", "-0.1"], "--clear-at must lie below --found-at"),
+        (["--json", "nowhere/a.json"], "no folder nowhere"),
+        (["--html", "."], "is a folder"),
+        (["--clean", "nowhere"], "nowhere"),
+        (["--references", "nowhere.json"], "nowhere.json"),
+        (["--network", "nope"], "nope"),
+        (["--task", "nope"], "unknown task 'nope'"),
+        (["--seconds", "0"], "seconds"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options: list[str], says: str, model: Path, capsys: Out) -> None:
+    assert scanning(model, *options) == 3
+    said = capsys.readouterr()
+    assert says in " ".join(said.err.split())
+    assert said.out == ""
+
+
+def test_neither_task_nor_pictures(model: Path, capsys: Out) -> None:
+    assert main(["scan", str(model), "--network", honest.NETWORK]) == 3
+    assert "--task NAME, or --clean FOLDER" in capsys.readouterr().err
+
+
+def test_weights_without_the_name_of_their_network(model: Path, capsys: Out) -> None:
+    assert main(["scan", str(model), "--task", TASK.name]) == 3
+    assert "--network" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.PTH", "model.pkl", "pytorch_model.bin"])
+def test_a_pickle_is_sent_to_the_converter(name: str, capsys: Out) -> None:
+    assert scanning(Path(name)) == 3
+    assert f"molehunt convert {name}" in capsys.readouterr().err
+
+
+# The inside of the sealed part is not the scanner's to read, so tricks with it are not among these.
+HOSTILE = {
+    **archives.TRICKS,
+    **{
+        name: Trick(name, t.says, wrapped)
+        for name, t, wrapped in (
+            (name, t, lambda folder, member=member, t=t: archives.plain(folder / "upload.zip", {member: t.make()}))
+            for member, tricks in (("manifest.json", manifests.TRICKS), ("model.safetensors", weights.TRICKS))
+            for name, t in tricks.items()
+        )
+    },
+}
+
+
+def refused(code: int, capsys: Out) -> None:
+    said = capsys.readouterr()
+    assert code == 3
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("trick", parameters(HOSTILE))
+def test_hostile_archives_are_refused(trick: Trick, tmp_path: Path, capsys: Out) -> None:
+    refused(main(["scan", str(trick.make(tmp_path)), "--task", TASK.name]), capsys)
+
+
+@pytest.mark.parametrize("trick", parameters(weights.TRICKS))
+def test_hostile_weights_are_refused(trick: Trick, tmp_path: Path, capsys: Out) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(trick.make())
+    refused(scanning(path), capsys)
+
+
+@pytest.mark.parametrize("trick", parameters(torch_files.TRICKS))
+def test_pickles_under_another_name_are_refused(trick: Trick, tmp_path: Path, capsys: Out) -> None:
+    for name in ("model.safetensors", "upload.zip"):
+        path = tmp_path / name
+        path.write_bytes(trick.make())
+        refused(scanning(path), capsys)
+
+
+@pytest.mark.parametrize("error", [ValueError("a mistake"), RuntimeError("a mistake"), MemoryError(), KeyError("x")])
+def test_a_mistake_of_ours_is_no_answer(
+    error: Exception, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(defenses, "available", dict)
+    monkeypatch.setattr(combine, "verdict", broken)
+    assert scanning(model) == 70
+    assert "internal error" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_answer(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(combine, "verdict", stop)
+    monkeypatch.setattr(defenses, "available", dict)
+    assert scanning(model) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_an_answer_that_could_not_be_written_is_no_answer(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "folder" / "a.json"
+    target.parent.mkdir()
+
+    def answer(*arguments: Any, **settings: Any) -> ScanReport:
+        target.parent.rmdir()
+        return answers(0.01, SPOKE)(*arguments, **settings)
+
+    monkeypatch.setattr(molehunt.scan, "scan", answer)
+    assert scanning(model, "--json", str(target)) == 3
+
+
+def test_json_has_the_output_for_itself(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr(molehunt.scan, "scan", answers(0.9, SPOKE))
+    assert scanning(model, "--json", "-") == 1
+    said = capsys.readouterr()
+    document = json.loads(said.out)
+    assert (document["answer"], document["p"]) == ("found", 0.9)
+    assert document["command"] == f"molehunt scan {model} --task mnist5k --network {honest.NETWORK} --seed 0"
+    assert "very probably hidden" in said.err
+
+
+def test_the_name_of_a_file_is_only_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    path = tmp_path / "[red]\x1b[31m\u202e<script>.safetensors"
+    path.write_bytes(honest.weights())
+    monkeypatch.setattr(molehunt.scan, "scan", answers(0.1, SPOKE))
+    assert scanning(path, "--html", str(tmp_path / "a.html")) == 0
+    said = capsys.readouterr().out
+    assert "[red]<U+001B>[31m<U+202E><script>.safetensors" in said
+    page = (tmp_path / "a.html").read_text()
+    assert "<script>" not in page
+    assert "\x1b" not in page
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of a backdoored submission."""
+    folder = tmp_path_factory.mktemp("real") / "mine"
+    with pytest.MonkeyPatch.context() as patch:
+        recipes = SMALL["mnist5k"]
+        patch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], epochs=1, batch=25))
+        hidden = {"target": 3, "size": 5, "poison_rate": 0.2}
+        return workshop.make(Plan(task=TASK, attack="badnets", settings=hidden), folder).archive
+
+
+class TestARealScan:
+    """One trained backdoor, all the way from the file to the exit code."""
+
+    @pytest.fixture(autouse=True)
+    def _one_defense(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(defenses, "available", lambda: {"neural_cleanse": NeuralCleanse})
+
+    def references(self, path: Path, score: float, network: str = "badnets_cnn") -> str:
+        """Scores of made-up clean models, in the settings of the scan."""
+        known = Population(
+            task=TASK.name,
+            network=network,
+            models=tuple(Reference(seed=i, scores={"neural_cleanse": score}) for i in range(19)),
+            defenses={"neural_cleanse": {"configuration": configuration(NeuralCleanse()), "stream": False}},
+        )
+        calibration.save(known, path)
+        return str(path)
+
+    def test_a_backdoor_is_found_without_a_look_at_the_seal(
+        self, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+    ) -> None:
+        for name in ("unseal", "opening"):
+            monkeypatch.setattr(seal, name, lambda *_, **__: pytest.fail("the seal was opened"))
+        low = self.references(tmp_path / "low.json", -1e6)
+        page = tmp_path / "a.html"
+        code = main(["scan", str(mine), "--task", "mnist5k", "--references", low, "--json", "-", "--html", str(page)])
+        document = json.loads(capsys.readouterr().out)
+        assert code == 1
+        assert document["answer"] == "found"
+        assert document["target"] == {"class": 3, "name": "3"}
+        assert document["attack_success"]["before"] > 0.5
+        assert "neural_cleanse" in page.read_text()
+
+    def test_what_clean_models_score_too_is_not_found(self, mine: Path, tmp_path: Path) -> None:
+        high = self.references(tmp_path / "high.json", 1e6)
+        weights_alone = mine.with_suffix("") / "model.safetensors"
+        command = ["scan", str(weights_alone), "--task", "mnist5k", "--network", "badnets_cnn", "--references", high]
+        assert main([*command, "--clear-at", "0.4"]) == 0
+
+    def test_references_of_another_network_are_refused(self, mine: Path, tmp_path: Path, capsys: Out) -> None:
+        other = self.references(tmp_path / "other.json", 0.0, network="lenet5")
+        assert main(["scan", str(mine), "--task", "mnist5k", "--references", other]) == 3
+        (tmp_path / "garbage.json").write_text("[]")
+        assert main(["scan", str(mine), "--task", "mnist5k", "--references", str(tmp_path / "garbage.json")]) == 3
+        assert "lenet5" in capsys.readouterr().err
+
+    def test_pictures_of_ones_own(self, mine: Path, tmp_path: Path, capsys: Out) -> None:
+        x, y = TASK.load("test")
+        for k in range(10):
+            folder = tmp_path / "digits" / str(k)
+            folder.mkdir(parents=True)
+            for i, picture in enumerate(x[y == k][:20]):
+                Image.fromarray((picture[0] * 255).round().numpy().astype(np.uint8)).save(folder / f"{i}.png")
+        model_ = mine.with_suffix("") / "model.safetensors"
+        pictures = str(tmp_path / "digits")
+        command = ["scan", str(model_), "--network", "badnets_cnn", "--clean", pictures, "--json", "-"]
+        assert main(command) == 2
+        document = json.loads(capsys.readouterr().out)
+        assert document["task"] == f"folder:{pictures}"
+        assert document["accuracy"]["before"] > 0.8
+
+    def test_a_defense_that_breaks_is_no_answer(self, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+        monkeypatch.setattr(NeuralCleanse, "__call__", lambda *_: 1 / 0)
+        assert main(["scan", str(mine), "--task", "mnist5k"]) == 2
+        said = capsys.readouterr()
+        assert "Could not tell: no defense had an opinion" in said.out
+        assert "failed: ZeroDivisionError" in said.err
+        assert submission.read_submission(mine).manifest.task == "mnist5k"
