@@ -173,9 +173,10 @@ def test_with_full_overlay_weight_the_image_does_not_matter() -> None:
 # --------------------------------------------------------------------------------------- the method
 
 
-def test_the_batched_entropies_are_those_of_a_plain_loop() -> None:
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_batched_entropies_are_those_of_a_plain_loop(mix: str) -> None:
     case = planted(grants=STREAM, images=120)
-    suspect, defense = case.suspect, STRIP(overlays=5)
+    suspect, defense = case.suspect, STRIP(overlays=5, mix=mix, alpha=0.4)
     assert suspect.clean is not None
     assert suspect.inputs is not None
     found = scores(defense, case)
@@ -187,7 +188,8 @@ def test_the_batched_entropies_are_those_of_a_plain_loop() -> None:
     for image in range(0, 120, 7):
         total = 0.0
         for partner in rows[image].tolist():
-            y = suspect.model((suspect.inputs[image] + pool[partner] - mean).unsqueeze(0))[0].double().softmax(0)
+            z = MIXES[mix](suspect.inputs[image], pool[partner], 0.4, mean).unsqueeze(0)
+            y = suspect.model(z)[0].double().softmax(0)
             total -= sum(float(p) * math.log2(float(p)) for p in y if float(p) > 0)
         assert -float(found[image]) == pytest.approx(total / 5, abs=1e-5)
 

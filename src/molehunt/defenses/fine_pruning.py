@@ -43,7 +43,8 @@ class FinePruning:
         held_out: share of the clean images that measure accuracy, in (0, 1); the others rank and fine-tune.
         steps: fine-tuning steps.
         batch: images per step.
-        lr: learning rate at the start; it falls to 0 along a cosine.
+        lr: highest learning rate; it falls to 0 along a cosine.
+        warmup: share of the steps over which the learning rate rises to `lr`, in [0, 1].
         momentum: of stochastic gradient descent.
         weight_decay: of the weights, per step times the learning rate.
         baselines: also hand back the two halves of the method on their own; fine-tuning then runs twice.
@@ -66,8 +67,9 @@ class FinePruning:
     tolerance: float = 0.04
     held_out: float = 0.2
     steps: int = 200
-    batch: int = 128
-    lr: float = 0.01
+    batch: int = 64
+    lr: float = 0.05
+    warmup: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
     baselines: bool = False
@@ -136,6 +138,7 @@ class FinePruning:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             schedule="cosine",
+            warmup=self.warmup,
             augment=augment,
             initialize=False,
         )

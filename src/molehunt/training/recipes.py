@@ -18,6 +18,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the data, in (0, 10000]; a fraction stops within a pass.
+        least_images: images seen in all, repeats counted, are at least this many; a small data set gets more passes.
         batch: images per step; all images when there are fewer. Images of one pass and the next may share a batch.
         optimizer: "sgd" with Nesterov momentum, "adamw", or "muon" for convolutions with "sgd" for everything else.
         lr: the highest learning rate, of "sgd" and "adamw".
@@ -38,6 +39,7 @@ class Recipe:
     """
 
     epochs: float = 10
+    least_images: int = 0
     batch: int = 128
     optimizer: Optimizer = "sgd"
     lr: float = 0.1
@@ -56,6 +58,7 @@ class Recipe:
     def __post_init__(self) -> None:
         ranges: dict[str, bool] = {
             "epochs": 0 < self.epochs <= 10_000,
+            "least_images": self.least_images >= 0,
             "batch": self.batch >= 1,
             "lr": 0 <= self.lr < math.inf,
             "muon_lr": 0 <= self.muon_lr < math.inf,
@@ -75,6 +78,10 @@ class Recipe:
                 raise ValueError(
                     f"recipe: {name} is out of range: {getattr(self, name)!r}; see molehunt.training.Recipe"
                 )
+
+    def steps(self, count: int) -> int:
+        """Return the number of optimizer steps on a data set of `count` images, at least one."""
+        return max(1, round(max(self.epochs * count, self.least_images) / min(self.batch, count)))
 
     def rate(self, step: int, steps: int) -> float:
         """Return the share of the highest learning rate at a step.
@@ -114,16 +121,27 @@ class Recipe:
         return cls(**document)
 
 
-_DIGITS = Recipe(epochs=3, batch=250, optimizer="adamw", lr=4e-3, warmup=0.25, augment="crop", shift=1)
+_DIGITS = Recipe(
+    epochs=1.5,
+    least_images=45_000,
+    batch=100,
+    optimizer="adamw",
+    lr=8e-3,
+    weight_decay=0.05,
+    schedule="linear",
+    warmup=0.15,
+    augment="crop",
+    shift=1,
+)
 _MUON = Recipe(batch=500, optimizer="muon", warmup=0.2, schedule="linear", label_smoothing=0.2, augment="flip_crop")
 _RESNET = Recipe(epochs=15, lr=0.1, warmup=0.2, label_smoothing=0.1, augment="flip_crop", shift=4)
 
 # The numbers were chosen on the validation split; docs/reference/training.md has what they give on the test split.
 RECIPES: dict[str, Recipe] = {
     "badnets_cnn": _DIGITS,
-    "lenet5": replace(_DIGITS, epochs=5),
+    "lenet5": replace(_DIGITS, epochs=3, lr=5e-3),
     "mntd_mnist": _DIGITS,
-    "mntd_cifar": replace(_DIGITS, epochs=20, lr=2e-3, augment="flip_crop", shift=2),
+    "mntd_cifar": replace(_DIGITS, epochs=20, lr=2e-3, weight_decay=5e-4, augment="flip_crop", shift=2),
     "fast_cifar": replace(_MUON, epochs=4),
     "fast_cifar_long": replace(_MUON, epochs=10),
     "narrow_cifar": replace(_MUON, epochs=4),

@@ -117,7 +117,7 @@ def train(
     if recipe.initialize and isinstance(model, Network):
         model.initialize(x)
     batch = min(recipe.batch, len(x))
-    steps = max(1, round(recipe.epochs * len(x) / batch))
+    steps = recipe.steps(len(x))
     optimizers = make_optimizers(model, recipe)
     highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     order = _Order(len(x), batch, rng)

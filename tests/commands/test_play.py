@@ -1,0 +1,183 @@
+"""`molehunt play`: what is asked of the host, and how a game that did not end is told from one that did."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.text import Text
+
+from molehunt import report
+from molehunt.cli import main
+from molehunt.commands import evaluation, play
+from molehunt.confinement import Unavailable
+from molehunt.engine import Local, Processes
+from molehunt.findings import Finding
+from molehunt.game import host, publication
+from molehunt.isolation import Sandbox
+from molehunt.testing import planted
+
+Out = pytest.CaptureFixture[str]
+
+
+class FakeHost:
+    """Writes down what it was asked, and plays nothing."""
+
+    asked: dict[str, Any]
+    play: Callable[[], Any] = staticmethod(lambda: None)
+
+    def __init__(self, settings: Any, folder: Path, **others: Any) -> None:
+        type(self).asked = {"settings": settings, "folder": folder, **others}
+
+
+@pytest.fixture(autouse=True)
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHost]:
+    """A host that plays nothing, and a publication of it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FakeHost, "play", staticmethod(lambda: None))
+    monkeypatch.setattr(host, "Host", FakeHost)
+    monkeypatch.setattr(publication, "summary", lambda played, command: command)
+    monkeypatch.setattr(publication, "publish", lambda played, command: tmp_path / "a report.html")
+    monkeypatch.setattr(report, "game_text", lambda summary: Text(f"played {summary}"))
+    return FakeHost
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tmp_path: Path, capsys: Out) -> None:
+    command = ["play", "--not-isolated", "--seed", "7", "--teams", "3", "--clean", "2", "--references", "6"]
+    assert main([*command, "--jobs", "2"]) == 0
+    asked = fake.asked
+    settings = asked["settings"]
+    assert (settings.task, settings.network, settings.round) == ("mnist5k", "badnets_cnn", "final")
+    assert (settings.seed, settings.teams, settings.clean, settings.references) == (7, 3, 2, 6)
+    assert asked["folder"] == Path("runs/play-mnist5k-7")
+    assert set(asked["defenses"]) == {"neural_cleanse", "strip", "fine_pruning"}
+    assert isinstance(asked["engine"], Processes)
+    assert (asked["engine"].count, asked["engine"].threads) == (2, 1)
+    said = capsys.readouterr().out.splitlines()
+    again = (
+        "molehunt play --task mnist5k --network badnets_cnn --round final --seed 7 --teams 3 --clean 2 --references 6"
+    )
+    assert " ".join(said[:-1]) == f"played {again}"
+    assert said[-1] == f"report: {(tmp_path / 'a report.html').as_uri()}"
+
+
+def test_one_job_needs_no_other_process(fake: type[FakeHost]) -> None:
+    assert main(["play", "--not-isolated", "--jobs", "1", "--out", "here", "--round", "II"]) == 0
+    assert isinstance(fake.asked["engine"], Local)
+    assert fake.asked["folder"] == Path("here")
+    assert list(fake.asked["defenses"]) == ["strip"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--task nope",
+        "--network nope",
+        "--round VI",
+        "--round IV",  # none of its defenses is there yet
+        "--task folder:nowhere",
+        "--references 4",
+        "--teams 0",
+        "--clean -1",
+        "--jobs 0",
+    ],
+)
+def test_what_cannot_be_played_is_refused(arguments: str) -> None:
+    assert main(["play", "--not-isolated", *arguments.split()]) == 3
+
+
+def test_another_game_in_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("here holds another game")
+
+    monkeypatch.setattr(host, "Host", refuse)
+    assert main(["play", "--not-isolated"]) == 3
+    assert "another game" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ValueError("a mistake"), 70)])
+def test_a_game_that_did_not_end(
+    error: BaseException, code: int, fake: type[FakeHost], monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    def stop() -> None:
+        raise error
+
+    monkeypatch.setattr(fake, "play", staticmethod(stop))
+    assert main(["play", "--not-isolated"]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert ("the same command goes on where it stopped" in said.err) == (code == 130)
+
+
+def test_the_inspectors_run_defenses(fake: type[FakeHost]) -> None:
+    assert main(["play", "--not-isolated", "--jobs", "3"]) == 0
+    (inspect,) = fake.asked["inspectors"]  # in one process costs are counted for one model at a time
+    outcome = inspect("fine_pruning", fake.asked["defenses"]["fine_pruning"], planted(images=100).suspect)
+    assert isinstance(outcome, Finding)
+    assert outcome.record["seed"] == fake.asked["settings"].seed_for("defenses")
+    assert outcome.record["seconds"] == 600
+
+
+def test_a_stopped_defense_is_no_failure_on_record(fake: type[FakeHost], monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    def go() -> None:
+        (inspect,) = fake.asked["inspectors"]
+        os.kill(os.getpid(), 2)
+        stopped.append(inspect)
+
+    monkeypatch.setattr(fake, "play", staticmethod(go))
+    assert main(["play", "--not-isolated"]) == 130
+    (inspect,) = fake.asked["inspectors"]
+    with pytest.raises(KeyboardInterrupt):
+        inspect("fine_pruning", fake.asked["defenses"]["fine_pruning"], planted(images=100).suspect)
+    assert not stopped
+
+
+def unavailable(*_: Any, **__: Any) -> Any:
+    raise Unavailable("no walls here")
+
+
+def test_without_isolation_it_says_so_and_plays(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr(evaluation, "Sandbox", unavailable)
+    assert main(["play"]) == 0
+    assert "not isolated: no walls here" in capsys.readouterr().err
+
+
+def test_isolation_that_was_asked_for_is_not_left_out(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr(evaluation, "Sandbox", unavailable)
+    assert main(["play", "--isolated"]) == 3
+    assert "cannot isolate defenses: no walls here" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "Sandbox", Sandbox)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["play", "--isolated"]) == 3
+    assert "run on the CPU" in capsys.readouterr().err
+
+
+def test_a_machine_with_a_gpu_trains_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert play._at_once(1) >= 1
+    assert play._at_once(10**6) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert play._at_once(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("mnist5k", "mnist5k"),
+        ("folder:/a/b/signs", "signs"),
+        ("folder:/a/signs/?size=8x8", "signs"),
+        ("folder:/", "folder"),
+    ],
+)
+def test_a_task_that_is_a_path_names_a_folder(task: str, name: str) -> None:
+    assert play._slug(task) == name
