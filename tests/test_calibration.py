@@ -7,7 +7,7 @@ import torch
 from molehunt import calibration
 from molehunt.calibration import Population, Reference, load, population, save, settings, shipped, statistic
 from molehunt.conformal import conformal
-from molehunt.defenses import FinePruning, NeuralCleanse
+from molehunt.defenses import DEFENSES, Defense, FinePruning, NeuralCleanse
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.runner import configuration
 
@@ -122,3 +122,12 @@ def test_shipped_populations_are_found_by_task_and_network(tmp_path: Path, monke
     assert shipped("mnist5k", "lenet5", {"neural_cleanse": cleanse, "fine_pruning": FinePruning()}) == made
     assert shipped("mnist5k", "lenet5", {"neural_cleanse": replace(cleanse, restarts=2)}) is None
     assert shipped("mnist5k", "resnet18") is None
+
+
+def test_the_shipped_population_fits_the_defenses_as_they_are() -> None:
+    """A changed default would silently make every game fall back to a handful of references."""
+    defenses: dict[str, Defense] = {name: make() for name, make in DEFENSES.items()}
+    found = shipped("mnist5k", "badnets_cnn", defenses)
+    assert found is not None, "score the population again: python benchmarks/populations.py mnist5k"
+    assert len(found.clean) >= 59
+    assert len(found.planted) >= 15

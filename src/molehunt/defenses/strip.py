@@ -68,7 +68,7 @@ class STRIP:
         frozenset({Access.CLEAN, Access.INPUTS}),
         frozenset({Access.CLEAN, Access.CANDIDATES}),
     )
-    mix: str = "add normalized"
+    mix: str = "add"
     alpha: float = 0.5
     overlays: int = 16
     rejection: float = 0.01
