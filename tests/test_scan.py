@@ -52,13 +52,13 @@ def look(subject: Planted, inspect: Inspect = ask, population: Population | None
 
 
 def population(report: ScanReport, score: float, count: int = 19) -> Population:
-    """Clean models that all have this score, in the settings of the scan."""
+    """Clean models with about this score, in the settings of the scan."""
     finding = next(o for o in report.verdict.outcomes if o.defense == "neural_cleanse")
     assert isinstance(finding, Finding)
     return Population(
         task=report.task,
         network=report.network,
-        models=tuple(Reference(seed=i, scores={"neural_cleanse": score + i}) for i in range(count)),
+        models=tuple(Reference(seed=i, scores={"neural_cleanse": score + i / 100}) for i in range(count)),
         defenses={"neural_cleanse": {"configuration": finding.record["configuration"], "stream": False}},
         dtype=finding.record["dtype"],
     )
@@ -89,13 +89,13 @@ def test_a_planted_backdoor_is_reported(found: ScanReport) -> None:
 def test_references_decide(found: ScanReport) -> None:
     suspect = case()
     assert answer(found.verdict) == "unsure", "without references nothing is sure"
-    assert answer(look(suspect, population=population(found, 0.0)).verdict) == "found"
+    assert answer(look(suspect, population=population(found, 2.0)).verdict) == "found"
     ordinary = look(suspect, population=population(found, 1000.0)).verdict
     assert ordinary.p < 0.5
 
 
 def test_the_twin_is_less_suspicious(found: ScanReport) -> None:
-    known = population(found, 0.0)
+    known = population(found, 2.0)
     backdoored, twin = (look(case(backdoored=b), population=known).verdict for b in (True, False))
     assert twin.p < backdoored.p
 

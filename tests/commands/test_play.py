@@ -11,7 +11,7 @@ from rich.text import Text
 
 from molehunt import report
 from molehunt.cli import main
-from molehunt.commands import evaluation, play
+from molehunt.commands import play
 from molehunt.confinement import Unavailable
 from molehunt.engine import Local, Processes
 from molehunt.findings import Finding
@@ -148,16 +148,15 @@ def unavailable(*_: Any, **__: Any) -> Any:
 
 
 def test_without_isolation_it_says_so_and_plays(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
-    monkeypatch.setattr(evaluation, "Sandbox", unavailable)
+    monkeypatch.setattr(Sandbox, "_start", unavailable)
     assert main(["play"]) == 0
     assert "not isolated: no walls here" in capsys.readouterr().err
 
 
 def test_isolation_that_was_asked_for_is_not_left_out(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
-    monkeypatch.setattr(evaluation, "Sandbox", unavailable)
+    monkeypatch.setattr(Sandbox, "_start", unavailable)
     assert main(["play", "--isolated"]) == 3
     assert "cannot isolate defenses: no walls here" in capsys.readouterr().err
-    monkeypatch.setattr(evaluation, "Sandbox", Sandbox)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["play", "--isolated"]) == 3
     assert "run on the CPU" in capsys.readouterr().err

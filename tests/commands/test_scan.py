@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import molehunt.scan
+from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
 from molehunt import calibration, combine, defenses
 from molehunt.calibration import Population, Reference
@@ -23,10 +24,10 @@ from molehunt.game.workshop import Plan
 from molehunt.report import ScanReport
 from molehunt.runner import configuration
 from molehunt.tasks import TASKS
-from molehunt.training.recipes import SMALL
 
 TASK = TASKS["mnist5k"]
 Out = pytest.CaptureFixture[str]
+QUICK = NeuralCleanse(schedule=replace(NeuralCleanse().schedule, steps=6), limit=100)
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +249,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of a backdoored submission."""
     folder = tmp_path_factory.mktemp("real") / "mine"
     with pytest.MonkeyPatch.context() as patch:
-        recipes = SMALL["mnist5k"]
-        patch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], epochs=1, batch=25))
+        patch.setattr(workshop, "recipe_for", lambda *_: HURRIED)
         hidden = {"target": 3, "size": 5, "poison_rate": 0.2}
         return workshop.make(Plan(task=TASK, attack="badnets", settings=hidden), folder).archive
 
@@ -259,7 +259,7 @@ class TestARealScan:
 
     @pytest.fixture(autouse=True)
     def _one_defense(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(defenses, "available", lambda: {"neural_cleanse": NeuralCleanse})
+        monkeypatch.setattr(defenses, "available", lambda: {"neural_cleanse": lambda: QUICK})
 
     def references(self, path: Path, score: float, network: str = "badnets_cnn") -> str:
         """Scores of made-up clean models, in the settings of the scan."""
@@ -267,7 +267,7 @@ class TestARealScan:
             task=TASK.name,
             network=network,
             models=tuple(Reference(seed=i, scores={"neural_cleanse": score}) for i in range(19)),
-            defenses={"neural_cleanse": {"configuration": configuration(NeuralCleanse()), "stream": False}},
+            defenses={"neural_cleanse": {"configuration": configuration(QUICK), "stream": False}},
         )
         calibration.save(known, path)
         return str(path)
@@ -314,6 +314,18 @@ class TestARealScan:
         document = json.loads(capsys.readouterr().out)
         assert document["task"] == f"folder:{pictures}"
         assert document["accuracy"]["before"] > 0.8
+
+    def test_isolated_it_answers_the_same(self, mine: Path, tmp_path: Path, capsys: Out) -> None:
+        low = self.references(tmp_path / "low.json", -1e6)
+        command = ["scan", str(mine), "--task", "mnist5k", "--references", low, "--json", "-"]
+        code = main([*command, "--isolated"])
+        said = capsys.readouterr()
+        if "cannot isolate defenses" in said.err:
+            pytest.skip(said.err)
+        assert code == main(command) == 1
+        inside, outside = (json.loads(text)["defenses"][0] for text in (said.out, capsys.readouterr().out))
+        assert inside["score"] == pytest.approx(outside["score"], rel=1e-3)
+        assert inside["target"] == outside["target"]
 
     def test_a_defense_that_breaks_is_no_answer(self, mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
         monkeypatch.setattr(NeuralCleanse, "__call__", lambda *_: 1 / 0)

@@ -8,17 +8,19 @@ import torch
 
 from game.planted import CLASSES, SHAPE, constant, images, model, pixel
 from molehunt.datasets import cache
+from molehunt.game import check as home
 from molehunt.game.check import References, check
 from molehunt.game.rules import Limits
 from molehunt.game.seal import Sealed
 from molehunt.tasks import TASKS
-from molehunt.training.recipes import SMALL
+from molehunt.training import Recipe
 from molehunt.triggers import Target
 
 TASK = TASKS["mnist5k"]
 WORLD = images(40)
 CLEAN = [model()] * 5
 LOOSE = Limits(area=1.0)
+SHORT = Recipe(epochs=0.1, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
 BACKDOOR = Sealed(attack="badnets", target=Target(classes=2), trigger=pixel())
 
 
@@ -73,8 +75,7 @@ def test_too_few_references_are_an_error() -> None:
 def references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> References:
     """References that are trained for a few steps into a cache of their own."""
     monkeypatch.setenv("MOLEHUNT_CACHE", str(tmp_path))
-    recipes = SMALL["mnist5k"]
-    monkeypatch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], epochs=0.1, batch=50))
+    monkeypatch.setattr(home, "recipe_for", lambda *_: SHORT)
     return References(task=TASK, network="badnets_cnn")
 
 
@@ -125,7 +126,6 @@ def test_an_interrupted_one_goes_on(references: References) -> None:
 
 def test_another_recipe_means_other_references(references: References, monkeypatch: pytest.MonkeyPatch) -> None:
     before = references.folder
-    recipes = SMALL["mnist5k"]
-    monkeypatch.setitem(recipes, "badnets_cnn", replace(recipes["badnets_cnn"], lr=1e-3))
+    monkeypatch.setattr(home, "recipe_for", lambda *_: replace(SHORT, lr=1e-3))
     assert references.folder != before
     assert replace(references, network="lenet5").folder != references.folder

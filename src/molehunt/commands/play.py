@@ -125,7 +125,7 @@ def _at_once(threads: int) -> int:
 
 def _slug(task: str) -> str:
     """A name for a folder: a task that is a path becomes the last part of it."""
-    return legible(Path(task.partition("?")[0].removeprefix("folder:")).name, 60) or "folder"
+    return legible(Path(task.partition("?")[0].removeprefix("folder:")).name or "folder", 60)
 
 
 def _command(task: str, network: str, round_: str, seed: int, teams: int, clean: int, references: int) -> str:
