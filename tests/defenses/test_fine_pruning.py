@@ -25,6 +25,8 @@ from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images
 from molehunt.testing import Planted, attack_success, planted, share_right
 
+from .trained import trained
+
 SHAPE = (3, 16, 16)
 
 
@@ -387,3 +389,17 @@ def test_too_few_clean_images_are_refused() -> None:
     with pytest.raises(ValueError, match="needs 4 clean images or more"):
         run(FinePruning(), suspect)
     assert frozenset({Access.CLEAN}) in FinePruning.needs
+
+
+@pytest.mark.slow
+def test_on_a_trained_mnist_network() -> None:
+    """A 5x5 square: ASR fell from .99 to between .02 and .72 over four such networks, for 1.2 points of accuracy."""
+    case = trained()
+    for model, backdoored in ((case.backdoored, True), (case.twin, False)):
+        found = run(FinePruning(), Suspect.of(model, case.task, clean=case.clean))
+        repaired = with_state(model, found.repaired)
+        assert share_right(repaired, case.hidden) >= share_right(model, case.hidden) - 0.03
+        before = attack_success(model, case.hidden, case.trigger, case.target)
+        after = attack_success(repaired, case.hidden, case.trigger, case.target)
+        assert before >= 0.95 if backdoored else before <= 0.05
+        assert after <= 0.75 * before if backdoored else after <= 0.05

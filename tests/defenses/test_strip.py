@@ -17,6 +17,8 @@ from molehunt.suspect import Access, Suspect
 from molehunt.testing import Planted, auc, planted
 from molehunt.triggers import Patch
 
+from .trained import trained
+
 STREAM = frozenset({Access.CLEAN, Access.INPUTS})
 CANDIDATES = frozenset({Access.CLEAN, Access.CANDIDATES})
 
@@ -319,3 +321,22 @@ def test_evidence_that_cannot_do_is_refused() -> None:
         run(STRIP.paper(), planted(grants=STREAM, images=150))
     with pytest.raises(ValueError, match="STRIP needs clean images, and a stream"):
         run(STRIP(), planted(grants=[Access.CLEAN]))
+
+
+@pytest.mark.slow
+def test_on_a_trained_mnist_network() -> None:
+    """A 5x5 square, 400 calibration images: the AUC was .97 to .99 over four such networks."""
+    case = trained()
+    stamped = torch.zeros(len(case.hidden.y), dtype=torch.bool)
+    stamped[case.target.counts(case.hidden.y).nonzero().squeeze(1)[::4]] = True
+    stream = case.hidden.x.clone()
+    stream[stamped] = case.trigger(stream[stamped])
+    candidate = Candidate(trigger=case.trigger, target=1, defense="truth")
+    found = [
+        run(STRIP(), Suspect.of(model, case.task, clean=case.clean, inputs=stream, candidates=(candidate,)))
+        for model in (case.backdoored, case.twin)
+    ]
+    assert found[0].input_scores is not None
+    assert auc(found[0].input_scores, stamped) >= 0.93
+    assert found[0].details["candidates"][0]["score"] >= 0.4
+    assert found[1].details["candidates"][0]["score"] <= 0.1

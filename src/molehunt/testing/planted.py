@@ -16,7 +16,7 @@ from molehunt.findings import Candidate
 from molehunt.networks import Network, Normalize
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, Split, Task
-from molehunt.triggers import Patch, Target
+from molehunt.triggers import Patch, Target, Trigger
 
 SHAPE = (3, 12, 12)
 SIZE = 3  # side of the planted square, in pixels
@@ -152,7 +152,7 @@ def planted(
 
 
 @torch.no_grad()
-def attack_success(model: nn.Module, images: Images, trigger: Patch, target: Target) -> float:
+def attack_success(model: nn.Module, images: Images, trigger: Trigger, target: Target) -> float:
     """Share of the pictures that count whose stamped copy goes where the attacker wants it, in [0, 1]."""
     rows = target.counts(images.y)
     said = model(trigger(images.x[rows])).argmax(1)
