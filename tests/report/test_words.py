@@ -124,6 +124,8 @@ def test_an_answer_is_judged_by_the_truth(kind: str, said: words.Answer, tone: s
     ("trigger", "part"),
     [
         (Patch.square(SHAPE, size=3), "9.0 % of the picture"),
+        (Patch.square(SHAPE, size=3, opacity=0.5), "9.0 % of the picture, opacity 0.50"),
+        (Patch((Patch.square(SHAPE, size=3).mask + 1e-6).clamp(0, 1), torch.ones(SHAPE)), "9.0 % of the picture"),
         (Blend(torch.zeros(SHAPE), 0.15), "opacity 0.15"),
         (Warp(torch.ones(2, 10, 10)), "up to 1.4"),
         (Sinusoid(SHAPE, amplitude=0.1), "up to 0.10"),

@@ -88,7 +88,9 @@ def trigger_words(trigger: Trigger) -> str:
     print_ = trigger.footprint()
     match print_.kind:
         case "patch":
-            return f"Patch on {share(print_.area)} of the picture, opacity {print_.opacity:.2f}"
+            # The mask of a recovered patch is never quite zero, so its area as such would be the whole picture.
+            area = print_.weight / print_.opacity if print_.opacity else 0.0
+            return f"Patch on {share(area)} of the picture, opacity {print_.opacity:.2f}"
         case "blend":
             return f"Picture blended over everything, opacity {print_.opacity:.2f}"
         case "warp":
