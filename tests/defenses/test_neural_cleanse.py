@@ -7,13 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from molehunt.attacks import BadNets
 from molehunt.defenses import neural_cleanse
 from molehunt.defenses.neural_cleanse import FAST, OFFICIAL, NeuralCleanse
 from molehunt.engine import Cancelled, OutOfTime, Run
 from molehunt.findings import Finding, load, save
+from molehunt.networks import build
 from molehunt.suspect import Suspect
-from molehunt.tasks import Images
+from molehunt.tasks import Images, get_task
 from molehunt.testing import Planted, planted
+from molehunt.training import recipe_for, train
 from molehunt.triggers import Patch
 
 # 95 % point of the index over ten normal norms, simulated; the paper's 2 is their 67 % point.
@@ -309,3 +312,22 @@ def test_refuses_settings_that_mean_nothing(bad: Bad) -> None:
 def test_refuses_too_few_pictures() -> None:
     with pytest.raises(ValueError, match="at least 10 clean images, got 9"):
         asked(NeuralCleanse(), planted(images=9).suspect)
+
+
+@pytest.mark.slow
+def test_names_the_target_of_a_trained_digit_classifier() -> None:
+    task = get_task("mnist5k")
+    recipe = recipe_for("badnets_cnn", task)
+    scores = []
+    for attack in (BadNets(target=6), None):
+        model = build("badnets_cnn", task.shape, 10, mean=task.mean, std=task.std, rng=torch.Generator().manual_seed(6))
+        poisoned = attack(task.load("train"), task, torch.Generator().manual_seed(6)) if attack else None
+        images = poisoned.images if poisoned else task.load("train")
+        stamp = poisoned.stamp if poisoned else None
+        train(model, images, recipe, rng=torch.Generator().manual_seed(6), stamp=stamp)
+        found = asked(NeuralCleanse(), Suspect.of(model, task, clean=task.secret(6)[0]))
+        assert found.score is not None
+        scores.append(found.score)
+        if attack:
+            assert found.target == 6
+    assert scores[0] > 3 > scores[1]
