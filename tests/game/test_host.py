@@ -14,10 +14,11 @@ from torch import Tensor
 from molehunt import runner, training
 from molehunt.defenses import Defense
 from molehunt.engine import Local, Run
+from molehunt.examination import divide
 from molehunt.findings import Finding, Outcome
 from molehunt.game import publication
 from molehunt.game.entries import Settings
-from molehunt.game.host import Host, Played, divide
+from molehunt.game.host import Host, Played
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, get_task
 from molehunt.training import recipes

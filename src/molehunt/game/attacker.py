@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned
+from molehunt.game.seal import Sealed
 from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
 from molehunt.training import Recipe, train
@@ -94,6 +95,25 @@ def describe(attack: Attack) -> dict[str, Any]:
         value = getattr(attack, f.name)
         settings[f.name] = value.to_json() if isinstance(value, Trigger) else value
     return {"attack": name, **settings}
+
+
+def sealed(attack: Attack | None, poisoned: Poisoned | None, **details: Any) -> Sealed:
+    """Say what was hidden, as it is sealed.
+
+    Args:
+        attack: what was hidden; None for nothing.
+        poisoned: what it did to the training set; comes with the attack.
+        details: what else to state, such as the seed.
+    """
+    if attack is None or poisoned is None:
+        return Sealed(details=details)
+    words = describe(attack)
+    return Sealed(
+        attack=words.pop("attack"),
+        target=poisoned.target,
+        trigger=poisoned.trigger,
+        details={"config": words, "poison_rate": float(poisoned.altered.double().mean()), **details},
+    )
 
 
 def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:

@@ -7,9 +7,8 @@ from pathlib import Path
 from molehunt import checkpoints
 from molehunt.attacks import Attack, Poisoned
 from molehunt.files import write_atomically
-from molehunt.game.attacker import Team, describe, train_model
+from molehunt.game.attacker import Team, sealed, train_model
 from molehunt.game.manifest import Manifest
-from molehunt.game.seal import Sealed
 from molehunt.game.submission import pack, write_submission
 from molehunt.networks import Network
 from molehunt.runner import generator
@@ -117,19 +116,10 @@ def run(job: Job) -> str:
 
 def _submit(job: Job, model: Network, poisoned: Poisoned | None) -> None:
     settings, task = job.settings, get_task(job.settings.task)
-    sealed = Sealed()
-    if job.attack is not None and poisoned is not None:
-        words = describe(job.attack)
-        sealed = Sealed(
-            attack=words.pop("attack"),
-            target=poisoned.target,
-            trigger=poisoned.trigger,
-            details={"config": words, "poison_rate": float(poisoned.altered.double().mean())},
-        )
     manifest = Manifest(
         team=job.name, round=settings.round, task=task.name, network=settings.network, recipe=settings.network
     )
     nonce = hashlib.sha256(f"nonce {settings.seed_for(job.name)}".encode()).digest()
     folder = job.path.with_suffix("")
-    write_submission(folder, model, manifest, sealed, task=task, nonce=nonce)
+    write_submission(folder, model, manifest, sealed(job.attack, poisoned), task=task, nonce=nonce)
     pack(folder, job.path, task=task)

@@ -31,7 +31,7 @@ from molehunt import calibration, combine, findings
 from molehunt.calibration import Population
 from molehunt.defenses import Defense
 from molehunt.engine import Engine
-from molehunt.examination import Inspect, examine
+from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
 from molehunt.game import entries
 from molehunt.game.attacker import Team, teams
@@ -92,12 +92,6 @@ class Played:
     seconds: float
     when: str
     folder: Path
-
-
-def divide(clean: Images, share: float = 0.8) -> tuple[Images, Images]:
-    """Part the defender's clean images: what the defenses see, and what the fusion keeps to measure their answers."""
-    cut = int(share * len(clean.y))
-    return Images(clean.x[:cut], clean.y[:cut]), Images(clean.x[cut:], clean.y[cut:])
 
 
 class Host:

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from molehunt.attacks import Attack, Poisoned
+from molehunt.attacks import Attack
 from molehunt.game.answers import accuracy, asr, measure
-from molehunt.game.attacker import Report, describe, make_attack, train_model
+from molehunt.game.attacker import Report, make_attack, sealed, train_model
 from molehunt.game.manifest import Manifest
 from molehunt.game.rules import get_round
-from molehunt.game.seal import Sealed, first_problem
+from molehunt.game.seal import first_problem
 from molehunt.game.submission import MANIFEST, pack, write_submission
 from molehunt.networks import NETWORKS
 from molehunt.runner import generator
@@ -147,7 +147,7 @@ def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Calla
     )
     images = plan.task.load("validation")
     answers = measure(model, images, None if poisoned is None else poisoned.trigger)
-    write_submission(folder, model, plan.manifest, _sealed(plan, poisoned), task=plan.task)
+    write_submission(folder, model, plan.manifest, sealed(plan.hidden, poisoned, seed=plan.seed), task=plan.task)
     archive = pack(folder, task=plan.task)
     for left in folder.glob("training-*.safetensors"):
         left.unlink()
@@ -155,15 +155,3 @@ def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Calla
     if poisoned is not None and answers.stamped is not None:
         rate = asr(answers.stamped, answers.y, poisoned.target)
     return Made(folder=folder, archive=archive, accuracy=accuracy(answers.plain, answers.y), asr=rate)
-
-
-def _sealed(plan: Plan, poisoned: Poisoned | None) -> Sealed:
-    if plan.hidden is None or poisoned is None:
-        return Sealed(details={"seed": plan.seed})
-    words = describe(plan.hidden)
-    return Sealed(
-        attack=words.pop("attack"),
-        target=poisoned.target,
-        trigger=poisoned.trigger,
-        details={"config": words, "poison_rate": float(poisoned.altered.double().mean()), "seed": plan.seed},
-    )
