@@ -30,7 +30,7 @@ from molehunt.tasks import get_task
 from molehunt.training import recipe_for
 from record import Figure, append, machine, rows, spread, write
 
-MOLEHUNT = [sys.executable, "-m", "molehunt.cli"]
+MOLEHUNT = [sys.executable, "-m", "molehunt"]
 
 
 def load() -> float:

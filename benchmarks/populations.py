@@ -24,11 +24,10 @@ from molehunt.calibration import Population, Reference, save, settings, statisti
 from molehunt.checkpoints import assemble, layout_of, read_safetensors
 from molehunt.defenses import DEFENSES
 from molehunt.engine import Processes
-from molehunt.examination import examine
+from molehunt.examination import divide, examine
 from molehunt.findings import Finding
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.entries import Job, Settings, run
-from molehunt.game.host import divide
 from molehunt.isolation import Sandbox
 from molehunt.runner import configuration, generator
 from molehunt.suspect import Suspect

@@ -215,3 +215,13 @@ def test_the_page_has_every_command_and_option_and_no_other() -> None:
     }
     for code in (0, 1, 2, 3, 70, 130, 141):
         assert re.search(rf"^\| {code} \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", ["molehunt", "molehunt.cli"])
+def test_as_a_module_it_is_the_same_program(module: str) -> None:
+    """A run that does nothing must never exit with 0, which is an answer."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "scan", "nowhere.zip", "--task", "mnist5k"], capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "nowhere.zip" in done.stderr

@@ -151,3 +151,8 @@ def _drop_output() -> None:
     """Let what is still in the buffers go nowhere: flushing it at the end would fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    # Without this `python -m molehunt.cli scan ...` would do nothing and exit with 0, which means "clear".
+    raise SystemExit(main())
