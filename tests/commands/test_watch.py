@@ -66,6 +66,20 @@ def test_long_pieces_are_heard_of_now_and_then(monkeypatch: pytest.MonkeyPatch) 
     assert told.getvalue().splitlines()[-1].endswith("(1 min 39 s)")
 
 
+def test_the_time_left_is_guessed_from_all_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    where, told = console(terminal=True)
+    now = [0.0]
+    with watching(where) as shown:
+        assert isinstance(shown, Bars)
+        monkeypatch.setattr(shown._bars, "get_time", lambda: now[0])
+        shown.stage("Training", 6)
+        now[0] = 20.0
+        shown.done("first", "")
+        shown.done("second", "")
+        shown._bars.refresh()
+    assert "about 40.0 s left" in told.getvalue()
+
+
 @pytest.mark.parametrize(("done", "total"), [(0, 0), (5, 0), (-1, 4), (9, 4)])
 def test_odd_counts_do_no_harm(done: int, total: int) -> None:
     for terminal in (True, False):

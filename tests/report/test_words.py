@@ -166,6 +166,7 @@ def test_outcomes_are_told_apart_in_words() -> None:
         (words.number(-0.1234), "−0.123"),
         (words.number(123456.0), "123,456"),
         (words.points(-4.04), "−4.0"),
+        (words.points(-0.04), "0.0"),
         (words.part(-0.314), "−0.31"),
         (words.count(9_999), "9,999"),
         (words.count(412_000), "412 k"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from molehunt.legible import legible
@@ -75,6 +75,22 @@ class Lines:
         self._stage.done(title, text)
 
 
+class _Left(ProgressColumn):
+    """Time left, if it goes on as it went so far.
+
+    The column that comes with rich looks at the latest steps alone, and takes two models that are ready at the same
+    moment for a speed at which all will be ready in a second.
+    """
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Say how long, or nothing while nothing is known."""
+        if not task.completed or task.elapsed is None or task.total is None or task.finished:
+            return Text()
+        return Text(f"about {_time(task.elapsed * (task.total - task.completed) / task.completed)} left", style="cyan")
+
+
 class Bars:
     """A bar for the stage and one for every piece under way, with time spent and left; a context manager."""
 
@@ -85,8 +101,7 @@ class Bars:
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
             console=console,
             transient=True,
             expand=True,

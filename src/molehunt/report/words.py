@@ -196,7 +196,7 @@ def number(value: float) -> str:
 
 def points(value: float) -> str:
     """Points with one decimal and a real minus sign."""
-    return f"{value:.1f}".replace("-", "−")
+    return f"{round(value, 1) + 0.0:.1f}".replace("-", "−")  # the sum takes the sign off a zero
 
 
 def part(value: float) -> str:
