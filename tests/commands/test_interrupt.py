@@ -1,7 +1,6 @@
 """Ctrl-C: at once or at the next safe point, and the handler of before is back afterwards."""
 
 import io
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ def _handler() -> Iterator[None]:
 
 def press(times: int = 1) -> None:
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def made(*, gentle: bool = False) -> tuple[Interrupt, io.StringIO]:

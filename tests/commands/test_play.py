@@ -1,6 +1,6 @@
 """`molehunt play`: what is asked of the host, and how a game that did not end is told from one that did."""
 
-import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ def test_a_stopped_defense_is_no_failure_on_record(fake: type[FakeHost], monkeyp
 
     def go() -> None:
         (inspect,) = fake.asked["inspectors"]
-        os.kill(os.getpid(), 2)
+        signal.raise_signal(signal.SIGINT)  # to this thread: os.kill may take a moment
         stopped.append(inspect)
 
     monkeypatch.setattr(fake, "play", staticmethod(go))
