@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -216,6 +217,8 @@ class Odd(nn.Module):
         z = self.act(self.conv(x)).mean((2, 3))
         if self.why == "mixed":
             z = self.norm(z)
+        if self.why == "averaged":
+            z = z + z.mean(1, keepdim=True)
         if self.why == "shifted":
             z = z + 1
         hidden = self.first(z)
@@ -225,12 +228,26 @@ class Odd(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize(("why", "can"), [("", True), ("mixed", False), ("shifted", False), ("read twice", False)])
-def test_a_network_that_mixes_channels_before_reading_them_is_recognized(why: str, can: bool) -> None:
+@pytest.mark.parametrize(
+    ("why", "can", "scale"),
+    [
+        ("", True, 1.0),
+        ("mixed", False, 1.0),
+        ("shifted", False, 1.0),
+        ("read twice", False, 1.0),
+        ("", True, 1e-6),
+        # Logits so small that comparing them shows nothing: the probe has to tell.
+        ("mixed", False, 1e-6),
+        ("averaged", False, 1e-6),
+        ("shifted", False, 1e-6),
+    ],
+)
+def test_a_network_that_mixes_channels_before_reading_them_is_recognized(why: str, can: bool, scale: float) -> None:
     model = Odd(why).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        model.head.weight.mul_(scale)
     x = pictures(4)
     parts = anatomy(model, x[:1])
     assert parts.block == "act"
@@ -306,13 +323,22 @@ def test_pruned_channels_stay_dead_through_fine_tuning() -> None:
     assert not torch.equal(found.details["fine_tune_only"]["head.weight"], found.repaired["head.weight"])
 
 
+def test_the_mask_is_in_place_while_fine_tuning() -> None:
+    """Without weight decay the filters of dead channels keep every bit, for no gradient reaches them."""
+    case = planted()
+    found = run(FinePruning(steps=30, tolerance=0.25, weight_decay=0.0), case.suspect)
+    assert found.repaired is not None
+    before, after = case.suspect.model.state_dict()["trunk.0.weight"], found.repaired["trunk.0.weight"]
+    same = (before == after).flatten(1).all(1)
+    assert sorted(found.details["order"][: found.details["pruned"]].tolist()) == same.nonzero().flatten().tolist()
+    assert len(before) > int(same.sum()) > 1
+
+
 def test_masking_and_cutting_agree_after_fine_tuning() -> None:
     """What is handed back is the network that was fine-tuned, though it needs no mask any more."""
     model = build("badnets_cnn", SHAPE, 5, rng=torch.Generator().manual_seed(0)).eval()
     case = planted()
-    task = case.suspect.task.__class__(
-        **{**vars(case.suspect.task), "shape": SHAPE, "classes": tuple("abcde"), "augment": "crop"}
-    )
+    task = dataclasses.replace(case.suspect.task, shape=SHAPE, classes=tuple("abcde"), augment="crop")
     clean = Images(pictures(60), torch.arange(60) % 5)
     suspect = Suspect.of(model, task, clean=clean, dtype=torch.float32)
     found = run(FinePruning(steps=10, batch=20, tolerance=0.5, lr=0.05), suspect)
@@ -333,6 +359,20 @@ def test_the_chosen_level_obeys_the_tolerance_and_the_next_does_not() -> None:
     assert float(curve[pruned + 1]) < float(curve[0]) - 0.15
     assert found.details["accuracy"]["pruned"] == pytest.approx(float(curve[pruned]))
     assert found.details["accuracy"]["repaired"] == pytest.approx(float(curve[pruned]))
+
+
+def test_a_whitening_layer_is_left_as_it_is() -> None:
+    rng = torch.Generator().manual_seed(0)
+    model = build("narrow_cifar", SHAPE, 5, rng=rng)
+    assert isinstance(model, Network)
+    model.initialize(pictures(20))
+    task = dataclasses.replace(planted().suspect.task, shape=SHAPE, classes=tuple("abcde"))
+    suspect = Suspect.of(model, task, clean=Images(pictures(20), torch.arange(20) % 5), dtype=torch.float32)
+    found = run(FinePruning(steps=2, batch=8, tolerance=0.0), suspect)
+    assert found.repaired is not None
+    moved = {key for key, value in suspect.model.state_dict().items() if not torch.equal(value, found.repaired[key])}
+    assert "trunk.0.weight" not in moved
+    assert {"trunk.2.weight", "head.weight", "head.bias"} <= moved
 
 
 def test_held_out_images_never_train() -> None:

@@ -269,6 +269,11 @@ def test_a_candidate_that_works_scores_and_one_that_does_not_does_not() -> None:
     assert found.class_scores is not None
     assert int(found.class_scores.argmax()) == 4
     assert found.input_scores is None
+    same_target = Candidate(trigger=elsewhere, target=4, defense="other")
+    again = run(STRIP(), granted(case, candidates=(good, same_target)))
+    assert again.score == found.score
+    assert again.class_scores is not None
+    assert float(again.class_scores[4]) == pytest.approx(found.score)
     only_bad = run(STRIP(), granted(case, candidates=(bad,)))
     assert only_bad.score == rows[0]["score"]
 

@@ -164,7 +164,7 @@ class FinePruning:
         freeze(model)
         if reader is not None:
             fold(model, parts, reader, mask)
-        state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+        state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
         return state, accuracy(model, held)
 
 

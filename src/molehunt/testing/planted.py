@@ -98,7 +98,12 @@ def planted(
 
     Returns:
         The suspect with what is true about it.
+
+    Raises:
+        ValueError: a target or source that is no class.
     """
+    goal = Target(classes=target, sources=sources)
+    goal.check(classes)
     rng = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (classes, *SHAPE), generator=rng) * 2.0 - 1.0
     trigger = Patch.square(SHAPE, size=SIZE, color="white")
@@ -110,7 +115,6 @@ def planted(
         return Images(x.clamp(0.0, 1.0), y)
 
     clean, hidden, stream, training = draw(images), draw(images), draw(images), draw(images)
-    goal = Target(classes=target, sources=sources)
     marked = []
     for part in (stream, training):
         hit = torch.zeros(images, dtype=torch.bool)
@@ -131,13 +135,13 @@ def planted(
         std=(1.0,) * SHAPE[0],
         splits={"train": training, "validation": hidden, "test": hidden},
     )
-    model = _network(prototypes, trigger, goal, backdoored)
+    model = _network(prototypes, trigger, target, sources, backdoored)
     evidence = {
         "clean": clean,
         "training": training,
         "inputs": stream.x,
         "candidates": (Candidate(trigger=trigger, target=target, defense="planted"),),
-        "references": tuple(_shaken(_network(prototypes, trigger, goal, False), rng) for _ in range(3)),
+        "references": tuple(_shaken(_network(prototypes, trigger, target, sources, False), rng) for _ in range(3)),
     }
     granted = {access.value: evidence[access.value] for access in Access if access in grants}
     return Planted(
@@ -176,10 +180,10 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     return float((high[:, None] > low).double().mean() + 0.5 * (high[:, None] == low).double().mean())
 
 
-def _network(prototypes: Tensor, trigger: Patch, target: Target, backdoored: bool) -> Network:
+def _network(
+    prototypes: Tensor, trigger: Patch, target: int, sources: tuple[int, ...] | None, backdoored: bool
+) -> Network:
     """The classifier: a convolution as large as the picture, a rectifier, a head."""
-    if not isinstance(target.classes, int):
-        raise ValueError(f"a planted backdoor has one target class, got {target.classes}")
     classes = len(prototypes)
     size = int(trigger.mask.sum()) * SHAPE[0]
     centered = torch.where(trigger.mask > 0, torch.tensor(0.0), prototypes - 0.5)
@@ -188,8 +192,8 @@ def _network(prototypes: Tensor, trigger: Patch, target: Target, backdoored: boo
     # opaque gray square feel the trigger; above it there would be no gradient to follow.
     look = trigger.mask.expand(SHAPE) / size
     threshold = 0.12
-    if target.sources is not None:
-        look = look + fit[list(target.sources)].sum(0)
+    if sources is not None:
+        look = look + fit[list(sources)].sum(0)
         threshold = 1.5  # a full square and a full fit together give 2, either alone 1
     convolution = nn.Conv2d(SHAPE[0], classes + 1, SHAPE[1:])
     head = nn.Linear(classes + 1, classes)
@@ -197,11 +201,11 @@ def _network(prototypes: Tensor, trigger: Patch, target: Target, backdoored: boo
         convolution.weight.copy_(torch.cat((fit, look.unsqueeze(0))))
         # 2.5 keeps every fit positive, so that the rectifier lets it through and the classifier is linear.
         offset = 2.5 - 0.5 * fit.flatten(1).sum(1)
-        source_offset = 0.0 if target.sources is None else -0.5 * float(fit[list(target.sources)].sum())
+        source_offset = 0.0 if sources is None else -0.5 * float(fit[list(sources)].sum())
         convolution.bias.copy_(torch.cat((offset, torch.tensor([source_offset - threshold]))))  # type: ignore[union-attr]
         head.weight.zero_()
         head.weight[:, :classes] = SHARPNESS * torch.eye(classes)
-        head.weight[target.classes, classes] = BONUS if backdoored else 0.0
+        head.weight[target, classes] = BONUS if backdoored else 0.0
         head.bias.zero_()
     one = torch.ones(SHAPE[0], 1, 1)
     return Network(
