@@ -2,8 +2,8 @@
 
 from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
-from molehunt.attacks.poisoning import Attack, Poisoned
+from molehunt.attacks.poisoning import Attack, Mark, Poisoned
 
 ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
 
-__all__ = ["ATTACKS", "Attack", "BadNets", "Blended", "Poisoned"]
+__all__ = ["ATTACKS", "Attack", "BadNets", "Blended", "Mark", "Poisoned"]

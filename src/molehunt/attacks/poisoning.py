@@ -1,5 +1,6 @@
 """What every data-poisoning attack answers, and how rows are chosen for it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,20 @@ from molehunt.triggers import Target, Trigger
 
 
 @dataclass(frozen=True, eq=False)
+class Mark:
+    """Some rows of a training set and what is put on them.
+
+    Attributes:
+        rows: bool (N,).
+        stamp: (x (B, C, H, W), rows int64 (B,)) to x'; a function of its arguments alone, so that an image looks the
+            same in every pass and a resumed training sees what an uninterrupted one does.
+    """
+
+    rows: Tensor
+    stamp: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Poisoned:
     """A poisoned training set, before the trigger is stamped.
 
@@ -18,30 +33,40 @@ class Poisoned:
     a set that is handed over.
 
     Attributes:
-        images: pixels as they were, labels as the attacker wants them.
-        altered: bool (N,), rows that carry the trigger.
-        trigger: what is stamped on them.
+        images: labels as the attacker wants them; pixels as they were, except where an attack prepares them beforehand
+            (label-consistent).
+        altered: bool (N,), rows that differ from the clean set in label or pixels once everything is stamped.
+        trigger: what wakes the backdoor: what the seal holds and the gates measure.
         target: where the backdoor sends images.
+        marks: what is put on which rows in training, in this order; empty means the trigger on all altered rows.
+            Others than that: covers with another transformation, one of several triggers, a fainter trigger.
     """
 
     images: Images
     altered: Tensor
     trigger: Trigger
     target: Target
+    marks: tuple[Mark, ...] = ()
 
     def stamp(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Stamp those images of a batch (B, C, H, W) whose training row (B,) is altered; the rest stay as they are."""
-        hit = self.altered.to(rows.device)[rows]
-        if not bool(hit.any()):
-            return x
-        x = x.clone()
-        x[hit] = self.trigger(x[hit])
+        """Put the marks on the images of a batch (B, C, H, W), given their training rows (B,); the rest stay."""
+        marks = self.marks or (Mark(self.altered, lambda picked, _: self.trigger(picked)),)
+        copied = False
+        for mark in marks:
+            hit = mark.rows.to(rows.device)[rows]
+            if not bool(hit.any()):
+                continue
+            if not copied:
+                x, copied = x.clone(), True
+            x[hit] = mark.stamp(x[hit], rows[hit])
         return x
 
-    def stamped(self) -> Images:
-        """The whole set with the trigger on its altered rows."""
+    def stamped(self, batch: int = 4096) -> Images:
+        """The whole set with the marks on its rows, in a copy."""
         x = self.images.x.clone()
-        x[self.altered] = self.trigger(x[self.altered])
+        rows = self.altered.nonzero().squeeze(1)
+        for some in torch.split(rows, batch):
+            x[some] = self.stamp(x[some], some)
         return Images(x, self.images.y)
 
 

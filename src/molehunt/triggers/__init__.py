@@ -1,0 +1,29 @@
+"""Triggers: what wakes a backdoor, as data.
+
+A trigger is a small frozen object that maps images to images. It is declarative: it goes to JSON plus named tensors
+and comes back from them, so that a submission never carries code. `TRIGGERS` lists the kinds that exist.
+"""
+
+from molehunt.triggers.base import Footprint, Json, Shape, Trigger
+from molehunt.triggers.registry import TRIGGERS, fits, from_json
+from molehunt.triggers.simple import COLORS, CORNERS, Additive, Blend, Patch, Sinusoid
+from molehunt.triggers.target import Target
+from molehunt.triggers.warp import Warp
+
+__all__ = [
+    "COLORS",
+    "CORNERS",
+    "TRIGGERS",
+    "Additive",
+    "Blend",
+    "Footprint",
+    "Json",
+    "Patch",
+    "Shape",
+    "Sinusoid",
+    "Target",
+    "Trigger",
+    "Warp",
+    "fits",
+    "from_json",
+]
