@@ -133,7 +133,15 @@ _DIGITS = Recipe(
     augment="crop",
     shift=1,
 )
-_MUON = Recipe(batch=500, optimizer="muon", warmup=0.2, schedule="linear", label_smoothing=0.2, augment="flip_crop")
+_MUON = Recipe(
+    batch=250,
+    optimizer="muon",
+    muon_lr=0.15,
+    warmup=0.2,
+    schedule="linear",
+    label_smoothing=0.2,
+    augment="flip_crop",
+)
 _RESNET = Recipe(epochs=15, lr=0.1, warmup=0.2, label_smoothing=0.1, augment="flip_crop", shift=4)
 
 # The numbers were chosen on the validation split; docs/reference/training.md has what they give on the test split.
@@ -142,9 +150,9 @@ RECIPES: dict[str, Recipe] = {
     "lenet5": replace(_DIGITS, epochs=3, lr=5e-3),
     "mntd_mnist": _DIGITS,
     "mntd_cifar": replace(_DIGITS, epochs=20, lr=2e-3, weight_decay=5e-4, augment="flip_crop", shift=2),
-    "fast_cifar": replace(_MUON, epochs=4),
+    "fast_cifar": replace(_MUON, epochs=3.5),
     "fast_cifar_long": replace(_MUON, epochs=10),
-    "narrow_cifar": replace(_MUON, epochs=4),
+    "narrow_cifar": replace(_MUON, epochs=3),
     "resnet18": _RESNET,
     "preact_resnet18": _RESNET,
     "wrn_16_1": _RESNET,
