@@ -40,6 +40,8 @@ class Poisoned:
         target: where the backdoor sends images.
         marks: what is put on which rows in training, in this order; empty means the trigger on all altered rows.
             Others than that: covers with another transformation, one of several triggers, a fainter trigger.
+        further: backdoors beside the sealed one, each with its trigger and target: no gate measures them, but labels
+            may go where they send them.
     """
 
     images: Images
@@ -47,6 +49,7 @@ class Poisoned:
     trigger: Trigger
     target: Target
     marks: tuple[Mark, ...] = ()
+    further: tuple[tuple[Trigger, Target], ...] = ()
 
     def stamp(self, x: Tensor, rows: Tensor) -> Tensor:
         """Put the marks on the images of a batch (B, C, H, W), given their training rows (B,); the rest stay."""

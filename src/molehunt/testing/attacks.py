@@ -1,29 +1,36 @@
 """The contract of an attack on the training set, as checks that anybody can run over anybody's class."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from molehunt import triggers
-from molehunt.attacks.poisoning import Attack, Poisoned
+from molehunt.attacks.poisoning import Attack, Poisoned, poison_count
 from molehunt.tasks import Images, Task
 from molehunt.testing.declaration import check_dataclass, check_docstring, global_generators_at_rest, require
 from molehunt.testing.planted import planted
 
 ROWS = 400
+CLOSE = 1e-5  # networks and warps may differ by rounding between batch sizes
 
 
 def poison(attack: Attack, seed: int = 0) -> tuple[Images, Task, Poisoned]:
     """Poison a small clean training set: the set, its task, and what the attack made of it."""
-    case = planted(images=ROWS)
-    task, clean = case.suspect.task, case.hidden
+    task, clean = _small()
     return copied(clean), task, attack(copied(clean), task, torch.Generator().manual_seed(seed))
 
 
 def copied(images: Images) -> Images:
     """Pictures that an attack may spoil without harm to the next check."""
     return Images(images.x.clone(), images.y.clone())
+
+
+def keeps_labels(attack: Attack) -> bool:
+    """Whether the attack says that it is clean-label: `clean_label`, a setting or a constant of the class."""
+    return bool(getattr(attack, "clean_label", False))
 
 
 def is_a_frozen_dataclass(attack: Attack) -> None:
@@ -37,28 +44,44 @@ def documents_itself(attack: Attack) -> None:
 
 
 def poisons_what_it_says(attack: Attack) -> None:
-    """Pixels are handed over unstamped, labels change on altered rows only, and some do."""
+    """Only altered rows are touched; labels go where a declared target sends them, or, clean-label, nowhere."""
     clean, task, made = poison(attack)
-    require(torch.equal(made.images.x, clean.x), "the images come unstamped; the trainer stamps them")
+    x, y = made.images
+    require(y.shape == clean.y.shape and y.dtype == clean.y.dtype, "labels must be int64 (N,), as they were")
+    require(x.shape == clean.x.shape and x.dtype == clean.x.dtype, "pictures changed their shape or dtype")
     require(made.altered.dtype == torch.bool and made.altered.shape == clean.y.shape, "altered must be bool (N,)")
-    moved = made.images.y != clean.y
-    require(bool(moved.any()), "not one label changed and nothing is poisoned" if not made.altered.any() else
-            "no label changed, so nothing ties the trigger to its class")  # fmt: skip
+    moved = y != clean.y
+    backdoors = ((made.trigger, made.target), *made.further)
+    for _, target in backdoors:
+        target.check(task.num_classes)
+    require(bool(made.altered.any()), "nothing is poisoned: no row is altered")
+    if keeps_labels(attack):
+        require(not bool(moved.any()), "a label changed although the attack says that it is clean-label")
+        tied = made.altered & (y == made.target.goal(clean.y))
+        require(bool(tied.any()), "no altered row is of the target class, so nothing ties the trigger to it")
+    else:
+        require(bool(moved.any()), "no label changed, so nothing ties the trigger to its class")
     require(not bool((moved & ~made.altered).any()), "the label of a row changed that carries no trigger")
-    made.target.check(task.num_classes)
-    goal = made.target.goal(clean.y)
-    require(torch.equal(made.images.y[moved], goal[moved]), "a changed label is not where the target sends its class")
-    require(bool(made.target.counts(clean.y)[moved].all()), "a label changed outside the source classes")
+    same = (x == clean.x).flatten(1).all(1)
+    require(bool(same[moved].all()), "the images come unstamped; the trainer stamps them")
+    require(bool(same[~made.altered].all()), "the pixels of a row changed that is not altered")
+    sent = torch.stack([y == target.goal(clean.y) for _, target in backdoors])
+    require(bool(sent.any(0)[moved].all()), "a changed label is not where the target sends its class")
+    counted = torch.stack([target.counts(clean.y) for _, target in backdoors])
+    require(bool((sent & counted).any(0)[moved].all()), "a label changed outside the source classes")
 
 
 def poisons_the_share_it_names(attack: Attack) -> None:
-    """Where there is a `poison_rate`, exactly that share of all rows gets a changed label; it must lie in (0, 1]."""
+    """Where there is a `poison_rate`, exactly that share of all rows is poisoned; it must lie in (0, 1].
+
+    Poisoned are the rows whose label changed; of a clean-label attack, the altered rows.
+    """
     if not hasattr(attack, "poison_rate"):
         return
     clean, task, made = poison(attack)
-    moved = int((made.images.y != clean.y).sum())
-    wanted = round(attack.poison_rate * len(clean.y))
-    require(moved == wanted, f"poison_rate {attack.poison_rate} of {len(clean.y)} rows is {wanted}, {moved} changed")
+    hit = int((made.altered if keeps_labels(attack) else made.images.y != clean.y).sum())
+    wanted = poison_count(attack.poison_rate, len(clean.y))
+    require(hit == wanted, f"poison_rate {attack.poison_rate} of {len(clean.y)} rows is {wanted}, {hit} changed")
     for rate in (0.0, -0.1, 1.5):
         try:
             dataclasses.replace(attack, poison_rate=rate)(clean, task, torch.Generator())  # type: ignore[type-var]
@@ -68,35 +91,88 @@ def poisons_the_share_it_names(attack: Attack) -> None:
 
 
 def stamps_altered_rows_only(attack: Attack) -> None:
-    """`stamped` changes the altered rows, all of them in the way of the trigger, and stays within [0, 1]."""
+    """`stamped` changes the altered rows, every one of them, by its marks or by the trigger, and stays in [0, 1]."""
     clean, _, made = poison(attack)
+    for mark in made.marks:
+        require(mark.rows.dtype == torch.bool and mark.rows.shape == clean.y.shape, "a mark's rows must be bool (N,)")
+        require(not bool((mark.rows & ~made.altered).any()), "a mark lies on a row that is not altered")
+    before = made.images.x.clone()
     x = made.stamped().x
+    require(torch.equal(made.images.x, before), "stamping wrote into the pictures; it must make a copy")
+    require(x.dtype == clean.x.dtype and x.shape == clean.x.shape, "stamping changed the shape or dtype")
     require(torch.equal(x[~made.altered], clean.x[~made.altered]), "a row without the trigger changed")
-    require(torch.equal(x[made.altered], made.trigger(clean.x[made.altered])), "an altered row is not x with trigger")
-    require(not torch.equal(x[made.altered], clean.x[made.altered]), "the trigger changes nothing")
-    require(float(x.min()) >= 0.0 and float(x.max()) <= 1.0, "stamped pixels leave [0, 1]")
+    if not made.marks:
+        wanted = made.trigger(before[made.altered])
+        require(_close(x[made.altered], wanted), "an altered row is not x with trigger")
+    changed = (x != clean.x).flatten(1).any(1)
+    require(bool(changed[made.altered].any()), "the trigger changes nothing")
+    idle = made.altered & ~changed & (made.images.y == clean.y)
+    require(not bool(idle.any()), f"{int(idle.sum())} altered rows differ from the clean set in nothing")
+    _within(x, "stamped pixels leave [0, 1]")
+
+
+def stamps_a_batch_as_the_whole(attack: Attack) -> None:
+    """A row looks the same alone, in any batch and in the set that is handed over; the batch itself stays as it is."""
+    _, _, made = poison(attack)
+    whole = made.stamped().x
+    altered = made.altered.nonzero().squeeze(1)
+    rest = (~made.altered).nonzero().squeeze(1)
+    mixed = torch.cat((altered, rest[:20], altered[:3]))
+    mixed = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]
+    for rows in (mixed, *torch.split(altered[:3], 1), *torch.split(mixed, 7)[:2]):
+        x = made.images.x[rows]
+        before = x.clone()
+        stamped = made.stamp(x, rows)
+        require(torch.equal(x, before), "stamp wrote into the batch; it must make a copy")
+        require(_close(stamped, whole[rows]), "a row is stamped differently in another batch")
+
+
+def keeps_its_budget(attack: Attack) -> None:
+    """The trigger is a pure function of the picture, and changes no more than its footprint says."""
+    clean, _, made = poison(attack)
+    for trigger, _ in ((made.trigger, made.target), *made.further):
+        x = clean.x[:100].clone()
+        stamped = trigger(x)
+        require(torch.equal(x, clean.x[:100]), "the trigger wrote into the pictures; it must make a copy")
+        _within(stamped, "the trigger leaves [0, 1]")
+        backwards = torch.cat([trigger(one) for one in torch.split(x.flip(0), 1)]).flip(0)
+        require(_close(backwards, stamped), "the trigger depends on the batch; it must look at each picture alone")
+        print_ = trigger.footprint()
+        require(print_.kind in triggers.TRIGGERS, f"{print_.kind!r} is no kind of trigger that can be sealed")
+        change = (stamped - x).abs()
+        require(bool((change > CLOSE).any()), "the trigger changes nothing")
+        most = float(change.max())
+        require(most <= print_.linf + CLOSE, f"a value changed by {most:.4f}, the footprint says {print_.linf:.4f}")
+        area = float((change > CLOSE).any(1).double().flatten(1).mean(1).max())
+        require(area <= print_.area + CLOSE, f"{area:.4f} of a picture changed, the footprint says {print_.area:.4f}")
 
 
 def seals_its_trigger(attack: Attack) -> None:
     """Trigger and target go to JSON and tensors and come back the same, and the trigger fits the pictures."""
     clean, task, made = poison(attack)
-    require(triggers.fits(made.trigger, task.shape), f"the trigger does not fit pictures of {task.shape}")
-    again = triggers.from_json(made.trigger.to_json(), made.trigger.tensors())
-    require(torch.equal(again(clean.x), made.trigger(clean.x)), "the trigger is another one after JSON")
-    require(triggers.Target.from_json(made.target.to_json()) == made.target, "the target is another one after JSON")
+    for trigger, target in ((made.trigger, made.target), *made.further):
+        require(triggers.fits(trigger, task.shape), f"the trigger does not fit pictures of {task.shape}")
+        again = triggers.from_json(trigger.to_json(), trigger.tensors())
+        require(torch.equal(again(clean.x), trigger(clean.x)), "the trigger is another one after JSON")
+        require(triggers.Target.from_json(target.to_json()) == target, "the target is another one after JSON")
 
 
 def repeats_itself(attack: Attack) -> None:
-    """The same seed gives the same poison, another seed other rows; no global generator moves; inputs stay."""
+    """The same seed gives the same poison, another seed another; no global generator moves; inputs stay."""
     clean, task, first = poison(attack)
     given = copied(clean)
     with global_generators_at_rest():
         second = attack(given, task, torch.Generator().manual_seed(0))
+        stamped = second.stamped().x
     require(torch.equal(given.x, clean.x) and torch.equal(given.y, clean.y), "it wrote into the clean set")
     same = torch.equal(first.altered, second.altered) and torch.equal(first.images.y, second.images.y)
-    stamped = torch.equal(first.stamped().x, second.stamped().x)
-    require(same and stamped, "two calls with one seed differ")
+    same = same and torch.equal(first.images.x, second.images.x)
+    require(same and torch.equal(first.stamped().x, stamped), "two calls with one seed differ")
+    require(torch.equal(second.stamped().x, stamped), "stamping twice gives two results")
     other = attack(given, task, torch.Generator().manual_seed(1))
+    own = first.images.y == first.target.goal(clean.y)
+    if keeps_labels(attack) and torch.equal(first.altered, own):
+        return  # it takes the whole target class, so there is nothing to draw
     require(not torch.equal(first.altered, other.altered), "another seed chose the same rows: does it use rng at all?")
 
 
@@ -108,6 +184,8 @@ ATTACK_CHECKS: dict[str, Callable[[Attack], None]] = {
         poisons_what_it_says,
         poisons_the_share_it_names,
         stamps_altered_rows_only,
+        stamps_a_batch_as_the_whole,
+        keeps_its_budget,
         seals_its_trigger,
         repeats_itself,
     )
@@ -115,7 +193,10 @@ ATTACK_CHECKS: dict[str, Callable[[Attack], None]] = {
 
 
 def check_attack(attack: Attack) -> None:
-    """Run every check of `ATTACK_CHECKS` on an attack that changes labels.
+    """Run every check of `ATTACK_CHECKS` on an attack that poisons the training set.
+
+    An attack that says `clean_label` (a setting, or a constant of the class) may change no label; any other has to
+    change some.
 
     Raises:
         AssertionError: a promise is broken; the message says which.
@@ -125,3 +206,19 @@ def check_attack(attack: Attack) -> None:
             check(attack)
         except AssertionError as error:
             raise AssertionError(f"{type(attack).__name__}: {name}: {error}") from error
+
+
+@functools.cache
+def _small() -> tuple[Task, Images]:
+    """The task and pictures on which attacks are checked."""
+    case = planted(images=ROWS)
+    return case.suspect.task, case.hidden
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=CLOSE)
+
+
+def _within(x: Tensor, broken: str) -> None:
+    # NaN fails every comparison.
+    require(bool(((x >= 0.0) & (x <= 1.0)).all()), broken)
