@@ -16,8 +16,8 @@ from molehunt.networks import NETWORKS, Network, build
 from molehunt.tasks import TASKS, Images
 from molehunt.training import RECIPES, Recipe, accuracy, recipe_for, train
 from molehunt.training.augmentation import crop
+from molehunt.training.batches import Order
 from molehunt.training.optimizers import Muon, make_optimizers, orthogonalize
-from molehunt.training.trainer import _Order
 
 SHAPE = (3, 16, 16)
 RECIPE = Recipe(epochs=2, batch=16, lr=0.05, label_smoothing=0.1, augment="flip_crop", precision="float32")
@@ -218,7 +218,7 @@ def test_small_data_get_the_least_number_of_images() -> None:
 
 
 def test_every_pass_shows_every_image_once() -> None:
-    order = _Order(10, 4, generator())
+    order = Order(10, 4, generator())
     batches = [order.next() for _ in range(15)]
     rows, passes = (torch.cat(part) for part in zip(*batches, strict=True))
     assert passes.tolist() == sorted(passes.tolist())

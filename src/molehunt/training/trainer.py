@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from molehunt.networks import Network, dropout_rng, fast_dtype
 from molehunt.tasks import Images
 from molehunt.training import state
-from molehunt.training.augmentation import crop
+from molehunt.training.batches import Batches, Stamp
 from molehunt.training.optimizers import make_optimizers
 from molehunt.training.recipes import Recipe
-
-Stamp = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, C, H, W), rows int64 (B,) of the training set) to x, on the images of one batch after augmentation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,26 +42,6 @@ class Trained:
     losses: tuple[float, ...]
     device: str
     dtype: str
-
-
-class _Order:
-    """Batches of rows without end: one shuffled pass after the other, cut into batches of one size."""
-
-    def __init__(self, count: int, batch: int, rng: torch.Generator) -> None:
-        self.count, self.batch, self.rng = count, batch, rng
-        self.rows = torch.empty(0, dtype=torch.int64)
-        self.passes = 0
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Return rows (B,) and, for each, the number of its pass (B,), from 0."""
-        rows, pass_ = self.rows[: self.batch], torch.full((min(len(self.rows), self.batch),), self.passes - 1)
-        self.rows = self.rows[self.batch :]
-        if (missing := self.batch - len(rows)) > 0:
-            fresh = torch.randperm(self.count, generator=self.rng)
-            rows, self.rows = torch.cat((rows, fresh[:missing])), fresh[missing:]
-            pass_ = torch.cat((pass_, torch.full((missing,), self.passes)))
-            self.passes += 1
-        return rows, pass_
 
 
 def train(
@@ -112,7 +89,7 @@ def train(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     home = next(model.parameters()).device
     dtype = fast_dtype(place) if recipe.precision == "fast" else torch.float32
-    x, y = images.x.to(place), images.y.to(place)
+    x = images.x.to(place)
     model.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch's stub lacks the pair
     if recipe.initialize and isinstance(model, Network):
         model.initialize(x)
@@ -120,17 +97,15 @@ def train(
     steps = recipe.steps(len(x))
     optimizers = make_optimizers(model, recipe)
     highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    order = _Order(len(x), batch, rng)
-    # Which images are mirrored in even passes; the others are mirrored in odd ones, so that two passes show both sides.
-    mirrored = torch.randint(2, (len(x),), generator=rng)
-    noise = rng if place.type == "cpu" else torch.Generator(place).manual_seed(_draw_seed(rng))
+    batches = Batches(Images(x, images.y.to(place)), recipe, rng, stamp)
+    noise = noise_generator(rng, place)
     sums, counts, first, spent = torch.zeros(0, device=place), torch.zeros(0), 0, 0.0
 
     fingerprint = _fingerprint(model, images, recipe, stamp is not None, dtype) if checkpoint else ""
     if checkpoint and (found := state.load(checkpoint, fingerprint, model, optimizers)):
         tensors, numbers = found
-        order.rows, order.passes = tensors["rows"], numbers["passes"]
-        mirrored, sums, counts = tensors["mirrored"], tensors["sums"].to(place), tensors["counts"]
+        batches.restore(tensors, numbers)
+        sums, counts = tensors["sums"].to(place), tensors["counts"]
         first, spent = numbers["step"], numbers["seconds"]
         rng.set_state(tensors["rng"])
         if noise is not rng:
@@ -141,10 +116,10 @@ def train(
 
     def save(step: int) -> None:
         if checkpoint:
-            tensors = {"rows": order.rows, "mirrored": mirrored, "sums": sums, "counts": counts}
-            tensors |= {"rng": rng.get_state(), "noise": noise.get_state()}
-            numbers = {"passes": order.passes, "step": step, "seconds": time.perf_counter() - start}
-            state.save(checkpoint, fingerprint, model, optimizers, tensors, numbers)
+            tensors, numbers = batches.state()
+            tensors |= {"sums": sums, "counts": counts, "rng": rng.get_state(), "noise": noise.get_state()}
+            stood = {**numbers, "step": step, "seconds": time.perf_counter() - start}
+            state.save(checkpoint, fingerprint, model, optimizers, tensors, stood)
 
     cast = torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
     with dropout_rng(model, noise):
@@ -159,20 +134,16 @@ def train(
             for optimizer, rates in zip(optimizers, highest, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            rows, passes = order.next()
-            picked = _augment(x, rows, mirrored[rows] ^ (passes & 1), recipe, rng)
-            rows = rows.to(place)
-            if stamp:
-                picked = stamp(picked, rows)
+            picked, labels = batches.next()
             with cast:
                 logits = model(picked)
-            loss = F.cross_entropy(logits.float(), y[rows], label_smoothing=recipe.label_smoothing)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             for optimizer in optimizers:
                 optimizer.step()
-            if order.passes > len(counts):
+            if batches.passes > len(counts):
                 # One number per pass, on the device: reading the loss at every step would make a GPU wait.
                 if len(counts):
                     _refuse_divergence(sums[-1], step, recipe)
@@ -235,22 +206,16 @@ def accuracy(model: nn.Module, images: Images, *, batch: int = 500) -> float:
     return right / len(images.y)
 
 
-def _augment(x: Tensor, rows: Tensor, mirror: Tensor, recipe: Recipe, rng: torch.Generator) -> Tensor:
-    """Pick rows of x and augment them; (B, C, H, W) in channels-last layout."""
-    picked = x[rows.to(x.device)].contiguous(memory_format=torch.channels_last)
-    if recipe.augment == "none":
-        return picked
-    down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2, len(rows)), generator=rng).to(x.device)
-    return crop(picked, down, right, mirror.bool().to(x.device) if recipe.augment == "flip_crop" else None)
-
-
 def _refuse_divergence(total: Tensor, step: int, recipe: Recipe) -> None:
     if not bool(torch.isfinite(total)):
         raise FloatingPointError(f"the loss is not finite before step {step}; lower the learning rate ({recipe.lr})")
 
 
-def _draw_seed(rng: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=rng))
+def noise_generator(rng: torch.Generator, place: torch.device) -> torch.Generator:
+    """Return the generator of dropout: the given one on the CPU, elsewhere one on the device, seeded from it."""
+    if place.type == "cpu":
+        return rng
+    return torch.Generator(place).manual_seed(int(torch.randint(2**62, (), generator=rng)))
 
 
 def _fingerprint(model: nn.Module, images: Images, recipe: Recipe, stamped: bool, dtype: torch.dtype) -> str:
