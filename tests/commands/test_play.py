@@ -26,6 +26,7 @@ class FakeHost:
     """Writes down what it was asked, and plays nothing."""
 
     asked: dict[str, Any]
+    told: list[Any]
     play: Callable[[], Any] = staticmethod(lambda: None)
 
     def __init__(self, settings: Any, folder: Path, **others: Any) -> None:
@@ -38,8 +39,18 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[FakeHost]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FakeHost, "play", staticmethod(lambda: None))
     monkeypatch.setattr(host, "Host", FakeHost)
-    monkeypatch.setattr(publication, "summary", lambda played, command: command)
-    monkeypatch.setattr(publication, "publish", lambda played, command: tmp_path / "a report.html")
+    FakeHost.told = []
+
+    def publish(_: Any, document: Any) -> Path:
+        FakeHost.told.append(document)
+        return tmp_path / "a report.html"
+
+    def summary(_: Any, command: str) -> str:
+        FakeHost.told.append("summary")
+        return command
+
+    monkeypatch.setattr(publication, "summary", summary)
+    monkeypatch.setattr(publication, "publish", publish)
     monkeypatch.setattr(report, "game_text", lambda summary: Text(f"played {summary}"))
     return FakeHost
 
@@ -67,6 +78,7 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
         "molehunt play --task mnist5k --network badnets_cnn --round final --seed 7 --teams 3 --clean 2 --references 6"
     )
     assert " ".join(said[:-1]) == f"played {again}"
+    assert fake.told == ["summary", again], "summed up once, and shown and written alike"
     assert said[-1] == f"report: {(tmp_path / 'a report.html').as_uri()}"
 
 

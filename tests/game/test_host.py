@@ -112,9 +112,9 @@ def test_answers_are_written_before_seals_are_opened_and_may_not_change(game: tu
         from molehunt.game.referee import Referee
 
         judge = Referee(folder, referee.task, "badnets_cnn", _hidden(referee), references)
-        changed = next(s for _, s in books if s.id == path.parent.name)
+        changed = next(entry for entry in books if entry.submission.id == path.parent.name)
         with pytest.raises(ValueError, match="was changed after the answers were written down"):
-            judge.judge(changed, "anybody", host=False)
+            judge.judge(changed.submission, "anybody", host=False, arrived=changed.arrived)
         assert (folder / "answers.json").read_bytes() == answers
     finally:
         path.write_bytes(before)
@@ -145,7 +145,7 @@ def test_a_folder_belongs_to_one_game(game: tuple[Played, Path]) -> None:
 
 def test_the_report_says_who_won_and_loads_nothing(game: tuple[Played, Path]) -> None:
     played, folder = game
-    page = publication.publish(played, "molehunt play").read_text()
+    page = publication.publish(played, publication.summary(played, "molehunt play")).read_text()
     assert "Yellow Square" in page
     assert "src=" not in page.replace('src="data:', "")
     result = json.loads((folder / "result.json").read_text())
@@ -154,6 +154,16 @@ def test_the_report_says_who_won_and_loads_nothing(game: tuple[Played, Path]) ->
     assert result["defenders"][0]["points"] == pytest.approx(max(r["points"] for r in result["defenders"]), abs=60)
     for one in result["submissions"]:
         assert (one["attack"] is None) == (one["kind"] != "backdoored")
+
+
+def test_of_equal_teams_the_one_that_came_earlier_stands_first(game: tuple[Played, Path]) -> None:
+    played, _ = game
+    square = next(one for one in played.judged if one.team == "Yellow Square")
+    assert sorted(one.arrived for one in played.judged) == list(range(len(played.judged)))
+    late = dataclasses.replace(square, team="A late one", arrived=7)
+    early = dataclasses.replace(square, team="Z early one", arrived=2)
+    report = publication.summary(dataclasses.replace(played, judged=(late, early)), "molehunt play")
+    assert [(row.name, row.rank) for row in report.attackers] == [("Z early one", 1), ("A late one", 1)]
 
 
 def test_stores_and_private_copies_are_apart(game: tuple[Played, Path]) -> None:

@@ -106,7 +106,7 @@ def play(
             played = host.play()
         command = _command(settings.task, settings.network, settings.round, seed, teams, clean, references)
         report = publication.summary(played, command)
-        page = publication.publish(played, command)
+        page = publication.publish(played, report)
     shown = consoles.result()
     shown.print(game_text(report))
     shown.print(f"report: {page.resolve().as_uri()}", soft_wrap=True)

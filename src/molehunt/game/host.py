@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -49,6 +49,21 @@ HIDDEN = 2_000  # hidden images that the referee asks about; more would narrow n
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class Entry(NamedTuple):
+    """One line of the host's books.
+
+    Attributes:
+        team: who handed it in.
+        submission: what was handed in.
+        arrived: its place, from 0, in the order in which the submissions came. A game on one machine has no better
+            clock: its teams train side by side and hand in one after the other.
+    """
+
+    team: Team
+    submission: Submission
+    arrived: int
 
 
 class Watch(Protocol):
@@ -162,7 +177,7 @@ class Host:
             folder=self.folder,
         )
 
-    def _train(self) -> tuple[list[Path], list[tuple[Team, Submission]]]:
+    def _train(self) -> tuple[list[Path], list[Entry]]:
         """Train references and submissions, then check every archive and split it into the two stores."""
         players = [*teams(self.task, self.settings.teams, generator(self.settings.seed_for("teams"), "teams"))]
         players += [Team(name=f"{HOST} {i + 1}", attack=None) for i in range(self.settings.clean)]
@@ -173,21 +188,21 @@ class Host:
         for job, text in zip(jobs, self.engine.map(entries.run, jobs), strict=True):
             self.watch.done(job.name, text)
         books = [
-            (team, ingest(job.path, self.folder / "weights", self.folder / "sealed", task=self.task))
-            for team, job in zip(players, submitted, strict=True)
+            Entry(team, ingest(job.path, self.folder / "weights", self.folder / "sealed", task=self.task), arrived)
+            for arrived, (team, job) in enumerate(zip(players, submitted, strict=True))
         ]
         # The order of the books is drawn, so that it tells nothing.
         order = torch.randperm(len(books), generator=generator(self.settings.seed_for("order"), "order"))
         books = [books[i] for i in order.tolist()]
         _write(
             self.folder / "books.json",
-            [{"id": s.id, "weights": s.weights, "commitment": s.commitment} for _, s in books],
+            [{"id": s.id, "weights": s.weights, "commitment": s.commitment} for _, s, _ in books],
         )
         return [job.path for job in references], books
 
-    def _gates(self, books: list[tuple[Team, Submission]], referee: Referee) -> None:
+    def _gates(self, books: list[Entry], referee: Referee) -> None:
         self.watch.stage("The referee measures the gates on hidden images", len(books))
-        for _, submission in books:
+        for _, submission, _ in books:
             referee.gates(submission)
             # How many gates there were says whether something is hidden; the public learns it at publication.
             self.watch.done(submission.id[:8], "measured")
@@ -219,7 +234,7 @@ class Host:
 
     def _verdicts(
         self,
-        books: list[tuple[Team, Submission]],
+        books: list[Entry],
         referee: Referee,
         population: Population,
         seen: Images,
@@ -244,7 +259,7 @@ class Host:
                 findings.save(verdict, path)
             return read_verdict(path).p
 
-        submissions = [submission for _, submission in books]
+        submissions = [entry.submission for entry in books]
         for submission, p in zip(submissions, self._together(answer, submissions), strict=True):
             self.watch.done(submission.id[:8], f"p = {p:.2f}")
         _write(
@@ -266,7 +281,7 @@ class Host:
 
         return dict(examine(suspect, self.defenses, kept))
 
-    def _publish(self, books: list[tuple[Team, Submission]], referee: Referee, seen: Images) -> tuple[Judged, ...]:
+    def _publish(self, books: list[Entry], referee: Referee, seen: Images) -> tuple[Judged, ...]:
         """Open every seal, check it against its commitment, and count the points."""
         self.watch.stage("Seals are opened, points are counted", len(books))
 
@@ -274,9 +289,9 @@ class Host:
             referee.stream(submission, seen, inspect, self.defenses)
 
         judged = []
-        streams = self._together(stream, [submission for _, submission in books])
-        for (team, submission), _ in zip(books, streams, strict=True):
-            one = referee.judge(submission, team.name, team.name.startswith(HOST))
+        streams = self._together(stream, [entry.submission for entry in books])
+        for (team, submission, arrived), _ in zip(books, streams, strict=True):
+            one = referee.judge(submission, team.name, host=team.name.startswith(HOST), arrived=arrived)
             judged.append(one)
             self.watch.done(
                 team.name, f"{one.kind}, p = {one.verdict.p:.2f}" + ("" if one.valid else ", missed a gate")

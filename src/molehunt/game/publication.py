@@ -32,14 +32,13 @@ PARTS = {
 }
 
 
-def publish(played: Played, command: str) -> Path:
+def publish(played: Played, document: GameReport) -> Path:
     """Write result.json and report.html into the game's folder and return the path of the report.
 
     Args:
         played: the finished game.
-        command: what plays it again.
+        document: its `summary`, which takes a while to make: every baseline is judged for it.
     """
-    document = summary(played, command)
     write_atomically(played.folder / "result.json", [json.dumps(result(played, document), indent=1).encode() + b"\n"])
     path = played.folder / "report.html"
     write_atomically(path, [report.game_html(document).encode()])
@@ -47,7 +46,12 @@ def publish(played: Played, command: str) -> Path:
 
 
 def summary(played: Played, command: str) -> GameReport:
-    """Collect what the report shows."""
+    """Collect what the report shows.
+
+    Args:
+        played: the finished game.
+        command: what plays it again.
+    """
     weights = played.round.weights
     return GameReport(
         title=f"Round {played.round.name}: {played.round.title}",
@@ -84,6 +88,7 @@ def result(played: Played, document: GameReport) -> dict[str, Any]:
                 "team": one.team,
                 "kind": one.kind,
                 "commitment": one.submission.commitment,
+                "arrived": one.arrived,
                 "attack": one.sealed.attack,
                 "target": None if one.sealed.target is None else one.sealed.target.to_json(),
                 "gates": [{**asdict(gate), "margin": gate.margin} for gate in one.gates],
@@ -156,6 +161,7 @@ def _attackers(played: Played) -> tuple[Row, ...]:
                     points=one.points if one.valid else None,
                     weight=one.sealed.trigger.footprint().weight,
                     poison_rate=one.sealed.details.get("poison_rate"),
+                    committed=one.arrived,
                 )
             )
     return scoreboard.attackers(teams, played.round.weights, seed=played.settings.seed) if teams else ()

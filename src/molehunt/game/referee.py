@@ -40,6 +40,7 @@ class Judged:
         verdict: what the defender answered.
         points: what the answer earned, before it is asked whether the submission counts.
         model: the submitted model.
+        arrived: its place, from 0, in the order in which the host took the submissions in.
         stream: AUC of STRIP on a stream of hidden inputs of which half are stamped; None without a trigger.
     """
 
@@ -51,6 +52,7 @@ class Judged:
     verdict: Verdict
     points: Points
     model: Network
+    arrived: int
     stream: float | None
 
     @property
@@ -134,8 +136,14 @@ class Referee:
         suspect = Suspect.of(self.model(submission), self.task, clean=clean, inputs=self._inputs(sealed))
         findings.save(inspect("strip", defenses["strip"], suspect), path)  # type: ignore[arg-type]  # a defense
 
-    def judge(self, submission: Submission, team: str, host: bool) -> Judged:
+    def judge(self, submission: Submission, team: str, *, host: bool, arrived: int) -> Judged:
         """Open the seal for everybody and count the points of the answer.
+
+        Args:
+            submission: as in the books.
+            team: who handed it in.
+            host: whether that is the host itself.
+            arrived: its place in the order in which the submissions came, from 0.
 
         Raises:
             ValueError: the answer is not the one that was written down.
@@ -157,6 +165,7 @@ class Referee:
             verdict=verdict,
             points=judge(verdict, truth, self.hidden, model, repaired),
             model=model,
+            arrived=arrived,
             stream=self._auc(submission, sealed),
         )
 
