@@ -18,7 +18,21 @@ from molehunt.game.gates import (
     lower_bound,
     specificity,
 )
-from molehunt.triggers import Additive, Blend, Footprint, Patch, Sinusoid, Target, Trigger, Warp
+from molehunt.triggers import (
+    ENCODERS,
+    Additive,
+    Blend,
+    Encoded,
+    Footprint,
+    Frequency,
+    Patch,
+    Quantize,
+    Reflection,
+    Sinusoid,
+    Target,
+    Trigger,
+    Warp,
+)
 
 
 def classes(*runs: tuple[int, int]) -> Tensor:
@@ -234,6 +248,11 @@ def delta_of(area: float, change: float) -> Additive:
     return Additive(delta)
 
 
+def network_of(name: str, linf: float, area: float) -> Encoded:
+    weights = torch.zeros(ENCODERS[name].size((1, 10, 10)))
+    return Encoded(network=name, shape=(1, 10, 10), linf=linf, area=area, weights=weights)
+
+
 @pytest.mark.parametrize(
     ("trigger", "passed", "measured", "limit"),
     [
@@ -248,6 +267,19 @@ def delta_of(area: float, change: float) -> Additive:
         (delta_of(0.11, 1.0), False, 1.0, 32 / 255),
         (Sinusoid((1, 10, 10), amplitude=32 / 255), True, 32 / 255, 32 / 255),
         (Sinusoid((1, 10, 10), amplitude=0.13), False, 0.13, 32 / 255),
+        # Magnitude m in cell (0, 0) of a block of side w lifts every value by m / w.
+        (Frequency((1, 10, 10), 0.25, 10, (0, 0)), True, 0.025, 32 / 255),
+        (Frequency((1, 10, 10), 1.5, 10, (0, 0)), False, 0.15, 32 / 255),
+        (Quantize((1, 10, 10), 5), True, 0.125, 32 / 255),
+        (Quantize((1, 10, 10), 4), False, 1 / 6, 32 / 255),
+        (Quantize((1, 10, 10), 9, dither=True), True, 0.125, 32 / 255),
+        (Quantize((1, 10, 10), 8, dither=True), False, 1 / 7, 32 / 255),
+        (Reflection(torch.ones(1, 10, 10), 0.2), True, 0.2, 0.2),
+        (Reflection(torch.zeros(1, 10, 10), 0.21), False, 0.21, 0.2),
+        (network_of("residual", 32 / 255, 1.0), True, 32 / 255, 32 / 255),
+        (network_of("residual", 0.13, 1.0), False, 0.13, 32 / 255),
+        (network_of("masked", 1.0, 0.1), True, 0.1, 0.1),
+        (network_of("masked", 1.0, 0.11), False, 1.0, 32 / 255),
         # 10 pixels wide: 2 px * 10 / 32 = .625 px
         (Warp(torch.tensor([0.6, 0.0]).view(2, 1, 1).expand(2, 10, 10)), True, 0.6, 0.625),
         (Warp(torch.tensor([0.6, 0.3]).view(2, 1, 1).expand(2, 10, 10)), False, math.hypot(0.6, 0.3), 0.625),

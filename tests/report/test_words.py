@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from molehunt.findings import Abstention, Failure, Finding, Verdict
 from molehunt.report import words
 from molehunt.report.words import answer, legible
-from molehunt.triggers import Additive, Blend, Patch, Sinusoid, Trigger, Warp
+from molehunt.triggers import (
+    ENCODERS,
+    Additive,
+    Blend,
+    Encoded,
+    Frequency,
+    Patch,
+    Quantize,
+    Reflection,
+    Sinusoid,
+    Trigger,
+    Warp,
+)
 
 SHAPE = (1, 10, 10)
 
@@ -120,6 +132,11 @@ def test_an_answer_is_judged_by_the_truth(kind: str, said: words.Answer, tone: s
     assert words.judged(kind, said)[0] == tone
 
 
+def network(name: str, linf: float, area: float) -> Encoded:
+    weights = torch.zeros(ENCODERS[name].size(SHAPE))
+    return Encoded(network=name, shape=SHAPE, linf=linf, area=area, weights=weights)
+
+
 @pytest.mark.parametrize(
     ("trigger", "part"),
     [
@@ -130,6 +147,11 @@ def test_an_answer_is_judged_by_the_truth(kind: str, said: words.Answer, tone: s
         (Warp(torch.ones(2, 10, 10)), "up to 1.4"),
         (Sinusoid(SHAPE, amplitude=0.1), "up to 0.10"),
         (Additive(torch.full(SHAPE, 0.25)), "up to 0.25"),
+        (Frequency(SHAPE, magnitude=0.5, window=10, cells=(0, 0)), "Frequency that changes values by up to 0.05"),
+        (Quantize(SHAPE, levels=6), "Rounding of colors that changes values by up to 0.10"),
+        (Reflection(torch.ones(SHAPE), 0.15), "Reflection over everything, opacity 0.15"),
+        (network("residual", 0.05, 1.0), "on each picture its own, and changes values by up to 0.05"),
+        (network("masked", 1.0, 0.05), "on 5.0 % of the picture, elsewhere on each, and changes values by up to 1.00"),
     ],
 )
 def test_triggers_are_described_by_what_they_change(trigger: Trigger, part: str) -> None:

@@ -227,9 +227,10 @@ def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> G
 def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | None = None) -> Gate:
     """Ask that the trigger is small: how small depends on its kind.
 
-    A patch may replace a tenth of the picture (opacity times mean mask), and so may an additive trigger that changes
-    no more than a tenth of the pixels. Else an additive trigger or a sinusoid may change values by 32/255, a blend
-    may have opacity 0.2, a warp may move pixels by 2 on a picture whose shorter side has 32, in proportion on others.
+    A patch may replace a tenth of the picture (opacity times mean mask), and so may an additive trigger or a network
+    that changes no more than a tenth of the pixels. Else what adds to values (additive, sinusoid, frequency, quantize,
+    network) may change them by 32/255, a blend or a reflection may have opacity 0.2 (the latter in linear light), a
+    warp may move pixels by 2 on a picture whose shorter side has 32, in proportion on others.
 
     Args:
         footprint: of the trigger.
@@ -240,15 +241,15 @@ def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | N
         ValueError: a kind without a rule.
     """
     limits = limits or Limits()
-    local = footprint.kind == "additive" and footprint.area <= limits.area + ROUNDING
+    local = footprint.kind in {"additive", "network"} and footprint.area <= limits.area + ROUNDING
     unit: Unit = "share"
     if footprint.kind == "patch":
         measured, limit, what = footprint.weight, limits.area, "opacity times area"
     elif local:
         measured, limit, what = footprint.area, limits.area, "area"
-    elif footprint.kind == "blend":
+    elif footprint.kind in {"blend", "reflection"}:
         measured, limit, what = footprint.opacity, limits.opacity, "opacity"
-    elif footprint.kind in {"additive", "sinusoid"}:
+    elif footprint.kind in {"additive", "sinusoid", "frequency", "quantize", "network"}:
         measured, limit, what = footprint.linf, limits.linf, "largest change of a value"
     elif footprint.kind == "warp":
         measured, limit = footprint.displacement, limits.displacement * min(shape[1:]) / 32

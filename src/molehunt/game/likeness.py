@@ -90,7 +90,7 @@ def trigger_points(likeness: Likeness, iou: float | None) -> float:
 
     Args:
         likeness: of the recovered trigger.
-        iou: J, where the true trigger is a patch; None for blends, additive triggers, sinusoids and warps.
+        iou: J, where the true trigger is a patch; None for every other kind.
     """
     shape = max(0.0, likeness.alignment)
     if iou is None:

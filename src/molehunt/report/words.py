@@ -95,6 +95,13 @@ def trigger_words(trigger: Trigger) -> str:
             return f"Picture blended over everything, opacity {print_.opacity:.2f}"
         case "warp":
             return f"Warp that moves pixels by up to {print_.displacement:.1f}"
+        case "reflection":
+            return f"Reflection over everything, opacity {print_.opacity:.2f}"
+        case "quantize":
+            return f"Rounding of colors that changes values by up to {print_.linf:.2f}"
+        case "network":
+            where = "" if print_.area == 1.0 else f" on {share(print_.area)} of the picture, elsewhere on each,"
+            return f"Network that draws on each picture its own,{where} and changes values by up to {print_.linf:.2f}"
         case kind:
             return f"{legible(kind, 20).capitalize()} that changes values by up to {print_.linf:.2f}"
 

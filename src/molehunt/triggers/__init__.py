@@ -5,6 +5,11 @@ and comes back from them, so that a submission never carries code. `TRIGGERS` li
 """
 
 from molehunt.triggers.base import Footprint, Json, Shape, Trigger
+from molehunt.triggers.encoded import Encoded
+from molehunt.triggers.encoders import ENCODERS, Encoder
+from molehunt.triggers.frequency import Frequency
+from molehunt.triggers.quantize import Quantize
+from molehunt.triggers.reflection import Reflection
 from molehunt.triggers.registry import TRIGGERS, fits, from_json
 from molehunt.triggers.simple import COLORS, CORNERS, Additive, Blend, Patch, Sinusoid
 from molehunt.triggers.target import Target
@@ -13,12 +18,18 @@ from molehunt.triggers.warp import Warp
 __all__ = [
     "COLORS",
     "CORNERS",
+    "ENCODERS",
     "TRIGGERS",
     "Additive",
     "Blend",
+    "Encoded",
+    "Encoder",
     "Footprint",
+    "Frequency",
     "Json",
     "Patch",
+    "Quantize",
+    "Reflection",
     "Shape",
     "Sinusoid",
     "Target",

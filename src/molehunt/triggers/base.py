@@ -75,3 +75,9 @@ def check_unit(name: str, value: float) -> None:
     """Refuse a number outside [0, 1], and anything that is not a number."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+def check_shape(shape: tuple[int, ...]) -> None:
+    """Refuse what is no (C, H, W) of a picture of up to 4096 pixels a side."""
+    if len(shape) != 3 or min(shape) < 1 or max(shape) > 4096:
+        raise ValueError(f"expected shape (C, H, W), got {shape}")

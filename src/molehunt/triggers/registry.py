@@ -6,6 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from molehunt.triggers.base import Shape, Trigger
+from molehunt.triggers.encoded import Encoded
+from molehunt.triggers.frequency import Frequency
+from molehunt.triggers.quantize import Quantize
+from molehunt.triggers.reflection import Reflection
 from molehunt.triggers.simple import Additive, Blend, Patch, Sinusoid
 from molehunt.triggers.warp import Warp
 
@@ -16,6 +20,10 @@ TRIGGERS: dict[str, tuple[type, dict[str, type], tuple[str, ...]]] = {
     "additive": (Additive, {}, ("delta",)),
     "warp": (Warp, {}, ("flow",)),
     "sinusoid": (Sinusoid, {"shape": list, "amplitude": float, "frequency": float}, ()),
+    "frequency": (Frequency, {"shape": list, "magnitude": float, "window": int, "cells": list}, ()),
+    "quantize": (Quantize, {"shape": list, "levels": int, "dither": bool}, ()),
+    "reflection": (Reflection, {"opacity": float, "ghost": float, "shift": list, "blur": float}, ("picture",)),
+    "network": (Encoded, {"network": str, "shape": list, "linf": float, "area": float}, ("weights",)),
 }
 
 
@@ -39,19 +47,7 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tri
     if tensors.keys() != set(names):
         raise ValueError(f"a {kind} has the tensors {sorted(names)}, got {sorted(tensors)}")
     arguments: dict[str, Any] = dict(tensors)
-    for name, kind_of in numbers.items():
-        value = document[name]
-        if kind_of is float:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            try:
-                arguments[name] = float(value)
-            except OverflowError:  # an integer of more than 308 digits
-                raise ValueError(f"{name} must be a number of ordinary size") from None
-        else:
-            if not isinstance(value, list) or not all(type(v) is int for v in value):
-                raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
-            arguments[name] = tuple(value)
+    arguments |= {name: _read(name, document[name], kind_of) for name, kind_of in numbers.items()}
     trigger: Trigger = make(**arguments)
     return trigger
 
@@ -59,3 +55,22 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tri
 def fits(trigger: Trigger, shape: Shape) -> bool:
     """Whether a trigger can be stamped on images of this shape (C, H, W)."""
     return trigger.fits(shape)
+
+
+def _read(name: str, value: Any, kind: type) -> Any:
+    """Take a value as the type that a field has, and nothing else for it."""
+    if kind is float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+        try:
+            return float(value)
+        except OverflowError:  # an integer of more than 308 digits
+            raise ValueError(f"{name} must be a number of ordinary size") from None
+    if kind is list:
+        if not isinstance(value, list) or not all(type(v) is int for v in value):
+            raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
+        return tuple(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", bool: "true or false", str: "a text"}
+        raise ValueError(f"{name} must be {words[kind]}, got {value!r}")
+    return value
