@@ -20,6 +20,13 @@ from molehunt import strict_json
 from molehunt.files import Refused, exactly
 from molehunt.strict_json import show
 
+WRITTEN: dict[str, tuple[torch.dtype, str]] = {
+    "F32": (torch.float32, "<f4"),
+    "I32": (torch.int32, "<i4"),
+    "U8": (torch.uint8, "|u1"),
+}
+"""What is ever written or read as numbers: weights in float32, handed-over training sets in 8 bits with their rows."""
+
 # What the format can name and a torch module can hold; larger floats, complex and 8-bit floats are not read at all.
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 NAME = re.compile(r"[A-Za-z0-9_.:/\-]+")
@@ -99,43 +106,47 @@ def read_header(stream: BinaryIO, size: int, *, limits: Limits = LIMITS) -> tupl
     return entries, 8 + length
 
 
-def read_entry(stream: BinaryIO, begin: int, name: str, entry: Entry) -> Tensor:
-    """Read one float32 tensor.
+def read_entry(stream: BinaryIO, begin: int, name: str, entry: Entry, dtype: str = "F32") -> Tensor:
+    """Read one tensor, float32 unless said otherwise.
 
     Args:
         stream: the file.
         begin: offset of the first byte after the header.
         name: the tensor's name, for the message.
         entry: its line in the header, as checked by `read_header`.
+        dtype: a key of `WRITTEN`: what it must be.
 
     Raises:
         CheckpointError: its dtype is another.
     """
-    if entry.dtype != "F32":
-        raise CheckpointError(f"{show(name)} has dtype {entry.dtype}, expected F32; save the model in float32")
+    if entry.dtype != dtype:
+        advice = "; save the model in float32" if dtype == "F32" else ""
+        raise CheckpointError(f"{show(name)} has dtype {entry.dtype}, expected {dtype}{advice}")
     stream.seek(begin + entry.start)
     data = exactly(stream, entry.stop - entry.start, CheckpointError)
-    values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
-    return torch.from_numpy(values).reshape(entry.shape)
+    values = np.frombuffer(data, dtype=WRITTEN[dtype][1])
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), copy=False)).reshape(entry.shape)
 
 
 def encode(state: Mapping[str, Tensor]) -> Iterator[bytes]:
-    """Write float32 tensors on the CPU, in the order of their names, piece by piece.
+    """Write tensors on the CPU of a dtype in `WRITTEN`, in the order of their names, piece by piece.
 
     Yields:
         Pieces of the file in order.
     """
+    names = {kind: name for name, (kind, _) in WRITTEN.items()}
     header: dict[str, Any] = {}
     offset = 0
     for name, value in sorted(state.items()):
-        stop = offset + 4 * value.numel()
-        header[name] = {"data_offsets": [offset, stop], "dtype": "F32", "shape": list(value.shape)}
+        dtype = names[value.dtype]
+        stop = offset + DTYPE_BYTES[dtype] * value.numel()
+        header[name] = {"data_offsets": [offset, stop], "dtype": dtype, "shape": list(value.shape)}
         offset = stop
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, value in sorted(state.items()):
-        yield value.contiguous().numpy().astype("<f4", copy=False).tobytes()
+        yield value.contiguous().numpy().astype(WRITTEN[names[value.dtype]][1], copy=False).tobytes()
 
 
 def _other_kind(start: bytes, size: int) -> str:

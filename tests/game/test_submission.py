@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from game.tricks import Trick, all_archives, archives, honest, parameters, torch_files
 from molehunt import networks
+from molehunt.attacks import BadNets
 from molehunt.game import seal, submission
 from molehunt.game.seal import Sealed
 from molehunt.game.submission import (
@@ -24,12 +25,15 @@ from molehunt.game.submission import (
     SubmissionError,
     ingest,
     open_stored_seal,
+    open_stored_set,
     pack,
     read_submission,
     sealed_path,
     weights_path,
     write_submission,
+    write_training_set,
 )
+from molehunt.game.training_set import TrainingSet
 from molehunt.tasks import TASKS
 from molehunt.tensor_file import encode
 
@@ -203,6 +207,72 @@ def test_a_stored_seal_that_was_changed_does_not_open(folder: Path, tmp_path: Pa
         open_stored_seal(tmp_path / "sealed", done.commitment, TASK)
     with pytest.raises(SubmissionError, match="cannot open"):
         open_stored_seal(tmp_path / "sealed", "0" * 64, TASK)
+
+
+class TestDataBoard:
+    """Submissions that hand over a training set."""
+
+    @pytest.fixture
+    def handed(self, tmp_path: Path) -> Path:
+        """The folder of a training set with a backdoor."""
+        made = TrainingSet.of(
+            BadNets(poison_rate=0.05)(TASK.load("train"), TASK, torch.Generator().manual_seed(0)),
+            TASK.load("train"),
+            torch.Generator().manual_seed(0),
+        )
+        write_training_set(tmp_path / "set", made, honest.HANDED, honest.backdoor(), nonce=honest.NONCE)
+        return tmp_path / "set"
+
+    def test_sets_and_seals_go_to_stores_that_only_their_owner_reads(self, handed: Path, tmp_path: Path) -> None:
+        sets, sealed = tmp_path / "sets", tmp_path / "sealed"
+        done = ingest(pack(handed), sets, sealed, board="data", task=TASK)
+        assert done.training is not None
+        assert (done.weights, done.manifest) == ("", honest.HANDED)
+        assert [path.name for path in sets.iterdir()] == [f"{done.training}.safetensors"]
+        path = weights_path(sets, done.training)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == done.training
+        assert (sets.stat().st_mode | path.stat().st_mode) & 0o077 == 0
+        assert open_stored_set(sets, done.training, TASK).changes(TASK.load("train")) == (175, 175)
+        assert open_stored_seal(sealed, done.commitment, TASK).attack == "badnets"
+        assert done == ingest(pack(handed), sets, sealed, board="data")
+
+    def test_a_stored_set_that_was_changed_is_not_used(self, handed: Path, tmp_path: Path) -> None:
+        done = ingest(pack(handed), tmp_path / "sets", tmp_path / "sealed", board="data")
+        assert done.training is not None
+        weights_path(tmp_path / "sets", done.training).write_bytes(b"".join(honest.training_set().encode()))
+        with pytest.raises(SubmissionError, match="not the one that was handed in"):
+            open_stored_set(tmp_path / "sets", done.training, TASK)
+
+    def test_honest_and_backdoored_sets_have_the_same_size(self, handed: Path, tmp_path: Path) -> None:
+        write_training_set(tmp_path / "other", honest.training_set(), honest.HANDED, Sealed())
+        assert pack(handed).stat().st_size == pack(tmp_path / "other").stat().st_size
+
+    def test_a_submission_for_the_other_board_is_refused(self, handed: Path, folder: Path, tmp_path: Path) -> None:
+        stores = tmp_path / "store", tmp_path / "sealed"
+        with pytest.raises(SubmissionError, match="for the data board, the game is on the weights board"):
+            ingest(pack(handed), *stores)
+        with pytest.raises(SubmissionError, match="for the weights board, the game is on the data board"):
+            ingest(pack(folder), *stores, board="data")
+        assert not stores[0].exists()
+
+    def test_it_holds_no_model_and_replaces_one(self, handed: Path) -> None:
+        contents = read_submission(handed)
+        assert contents.board == "data"
+        with pytest.raises(SubmissionError, match="the host trains the model from it"):
+            contents.model()
+        write_submission(handed, honest.model(), honest.MANIFEST, Sealed())
+        assert read_submission(handed).board == "weights"
+        write_training_set(handed, honest.training_set(), honest.HANDED, Sealed())
+        assert read_submission(handed).board == "data"
+
+    def test_what_the_host_would_refuse_is_not_written(self, tmp_path: Path) -> None:
+        few = honest.training_set()
+        few = dataclasses.replace(few, rows=few.rows[:9], x=few.x[:9], y=few.y[:9])
+        with pytest.raises(SubmissionError, match=r"training\.safetensors: it lists 9 rows"):
+            write_training_set(tmp_path / "x", few, honest.HANDED, Sealed())
+        with pytest.raises(SubmissionError, match="by its own recipe"):
+            write_training_set(tmp_path / "x", honest.training_set(), honest.MANIFEST, Sealed())
+        assert not (tmp_path / "x").exists()
 
 
 PARTS = honest.members()

@@ -1,6 +1,11 @@
 """The rules of the game: its rounds, what each is about, and the limits that a backdoor has to keep."""
 
 from dataclasses import dataclass, fields
+from typing import Literal, TypeAlias, get_args
+
+Board: TypeAlias = Literal["weights", "data"]
+"""What a team hands in: a model, or a training set from which the host trains the model that is judged."""
+BOARDS: tuple[Board, ...] = get_args(Board)
 
 ORDER = (
     "abs",
@@ -63,6 +68,8 @@ class Limits:
         opacity: largest opacity of a blend.
         linf: largest change of any value by a global additive trigger.
         displacement: farthest that a warp moves a pixel, in pixels of a picture whose shorter side has 32.
+        altered: on the data board, largest share of the training rows that may be altered, in pixels, label or both.
+            No row may be added or left out.
     """
 
     accuracy_drop: float = 0.02
@@ -75,6 +82,11 @@ class Limits:
     opacity: float = 0.20
     linf: float = 32 / 255
     displacement: float = 2.0
+    altered: float = 0.10
+
+    def rows(self, count: int) -> int:
+        """Rows of a training set of `count` that may be altered on the data board, at least one."""
+        return max(1, round(self.altered * count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +118,7 @@ class Round:
         Raises:
             ValueError: another board.
         """
-        if board not in {"weights", "data"}:
+        if board not in BOARDS:
             raise ValueError(f'a board is "weights" or "data", got {board!r}')
         return tuple(d for d in self.defenses if board == "data" or d not in DATA_ONLY)
 

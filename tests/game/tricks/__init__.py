@@ -46,12 +46,13 @@ def parameters(tricks: dict[str, Trick]) -> list[Any]:
 
 def all_archives() -> dict[str, Trick]:
     """Every trick as one that writes an archive: ``make(folder) -> Path``."""
-    from game.tricks import archives, manifests, seals, weights  # they need `register`
+    from game.tricks import archives, manifests, seals, training_sets, weights  # they need `register`
 
     def wrapped(trick: Trick, member: str) -> Trick:
         def make(folder: Path) -> Path:
             content = trick.make()
-            return archives.plain(folder / f"{trick.name}.zip", {member: content})
+            honest = archives.plain_data if member == "training.safetensors" else archives.plain
+            return honest(folder / f"{trick.name}.zip", {member: content})
 
         return Trick(trick.name, rf"{member}.*{trick.says}", make)
 
@@ -59,6 +60,7 @@ def all_archives() -> dict[str, Trick]:
     for member, tricks in (
         ("manifest.json", manifests.TRICKS),
         ("model.safetensors", weights.TRICKS),
+        ("training.safetensors", training_sets.TRICKS),
         ("sealed.bin", seals.TRICKS),
     ):
         for name, trick in tricks.items():

@@ -34,6 +34,12 @@ def plain(path: Path, changes: Mapping[str, bytes] | None = None) -> Path:
     return path
 
 
+def plain_data(path: Path, changes: Mapping[str, bytes] | None = None) -> Path:
+    """An honest archive of the data board with some members replaced or added."""
+    path.write_bytes(build({**honest.data_members(), **(changes or {})}.items()))
+    return path
+
+
 def data() -> bytes:
     """An honest archive, to be damaged."""
     return build(honest.members().items())
@@ -402,7 +408,7 @@ def no_sealed_part(folder: Path) -> Path:
     return save(folder, build(parts.items()))
 
 
-@trick("at most 553")
+@trick("at most 1090")
 def ten_gigabytes(folder: Path) -> Path:
     """A sparse file: no disk, no time, but a reader that reads it all runs out of memory."""
     path = save(folder, LOCAL)
@@ -457,3 +463,34 @@ def device(folder: Path) -> Path:
 @trick("cannot open")
 def no_file(folder: Path) -> Path:
     return folder / "nothing.zip"
+
+
+@trick("are both there; a submission is for one board")
+def weights_beside_a_training_set(folder: Path) -> Path:
+    return plain_data(folder / "upload.zip", {"model.safetensors": honest.weights()})
+
+
+@trick("training.safetensors is missing|model.safetensors is missing")
+def neither_weights_nor_training_set(folder: Path) -> Path:
+    parts = honest.data_members()
+    parts.pop("training.safetensors")
+    return save(folder, build(parts.items()))
+
+
+@trick("the host trains wrn_16_1 by its own recipe of that name, got 'mine'")
+def recipe_of_its_own_for_a_training_set(folder: Path) -> Path:
+    manifest = honest.HANDED.model_copy(update={"recipe": "mine"})
+    return plain_data(folder / "upload.zip", {"manifest.json": manifest.canonical()})
+
+
+@trick("unknown network 'nope'")
+def unknown_network_for_a_training_set(folder: Path) -> Path:
+    manifest = honest.HANDED.model_copy(update={"network": "nope", "recipe": "nope"})
+    return plain_data(folder / "upload.zip", {"manifest.json": manifest.canonical()})
+
+
+@trick("training.safetensors is in the archive twice")
+def training_set_twice(folder: Path) -> Path:
+    parts = honest.data_members()
+    parts.pop("sealed.bin")
+    return save(folder, build([*parts.items(), ("training.safetensors", parts["training.safetensors"])]))

@@ -8,6 +8,7 @@ from torch import Tensor
 from molehunt import networks
 from molehunt.game.manifest import Manifest
 from molehunt.game.seal import Sealed, seal
+from molehunt.game.training_set import TrainingSet
 from molehunt.tasks import TASKS, Task
 from molehunt.tensor_file import encode
 from molehunt.triggers import Patch, Target
@@ -15,6 +16,7 @@ from molehunt.triggers import Patch, Target
 TASK: Task = TASKS["mnist5k"]
 NETWORK = "wrn_16_1"  # small, and has batch norm
 MANIFEST = Manifest(team="Honest Abe", round="I", task=TASK.name, network=NETWORK, recipe="default")
+HANDED = MANIFEST.model_copy(update={"recipe": NETWORK})
 NONCE = bytes(range(32))
 
 
@@ -38,6 +40,12 @@ def weights() -> bytes:
     return b"".join(encode(_state()))
 
 
+@functools.cache
+def training_set() -> TrainingSet:
+    """A set of the data board in which nothing is altered."""
+    return TrainingSet.of(None, TASK.load("train"), torch.Generator().manual_seed(3))
+
+
 def backdoor() -> Sealed:
     """What a backdoored submission seals."""
     return Sealed(
@@ -57,3 +65,9 @@ def envelope() -> bytes:
 def members() -> dict[str, bytes]:
     """The three files, in order."""
     return {"manifest.json": MANIFEST.canonical(), "model.safetensors": weights(), "sealed.bin": envelope()}
+
+
+def data_members() -> dict[str, bytes]:
+    """The three files of a submission to the data board, in order."""
+    training = b"".join(training_set().encode())
+    return {"manifest.json": HANDED.canonical(), "training.safetensors": training, "sealed.bin": envelope()}
