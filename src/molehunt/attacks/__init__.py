@@ -1,9 +1,30 @@
 """Attacks: one file each, and `ATTACKS`, their table of contents."""
 
+from importlib.metadata import entry_points
+
 from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
 from molehunt.attacks.poisoning import Attack, Mark, Poisoned
 
 ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
 
-__all__ = ["ATTACKS", "Attack", "BadNets", "Blended", "Mark", "Poisoned"]
+
+def available() -> dict[str, type[Attack]]:
+    """Return the built-in attacks and those that installed packages add, by name.
+
+    A package adds one by an entry point of the group `molehunt.attacks`.
+
+    Raises:
+        ValueError: two packages use one name, or a package uses the name of a built-in attack.
+    """
+    plugins: dict[str, type[Attack]] = {}
+    for point in entry_points(group="molehunt.attacks"):
+        if point.name in ATTACKS or point.name == "none":
+            raise ValueError(f"a plug-in may not replace a built-in attack: {point.name!r} is {point.value}")
+        if point.name in plugins:
+            raise ValueError(f"two plug-ins have one name: {point.name!r}, the second is {point.value}")
+        plugins[point.name] = point.load()
+    return ATTACKS | plugins
+
+
+__all__ = ["ATTACKS", "Attack", "BadNets", "Blended", "Mark", "Poisoned", "available"]
