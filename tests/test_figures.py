@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from molehunt.figures import GAIN, SIDE, Picture, difference, gain, photo, stack, trigger_picture
-from molehunt.triggers import Additive, Blend, Patch, Sinusoid, Trigger, Warp
+from molehunt.triggers import Additive, Blend, Patch, Several, Sinusoid, Sticker, Trigger, Warp
 
 SHAPE = (3, 16, 12)
 
@@ -95,7 +95,17 @@ def all_triggers() -> list[Trigger]:
     delta[:, 2, 3] = 0.05
     flow = torch.zeros(2, 16, 12)
     flow[0, 8:] = 2.0
-    return [Patch.square(SHAPE), Blend(torch.rand(SHAPE)), Additive(delta), Warp(flow), Sinusoid(SHAPE)]
+    sticker = Sticker(torch.ones(3, 3, 3), SHAPE)
+    several = Several((Patch.square(SHAPE), Patch.square(SHAPE, corner="upper left")))
+    return [
+        Patch.square(SHAPE),
+        Blend(torch.rand(SHAPE)),
+        Additive(delta),
+        Warp(flow),
+        Sinusoid(SHAPE),
+        sticker,
+        several,
+    ]
 
 
 @pytest.mark.parametrize("trigger", all_triggers(), ids=lambda t: type(t).__name__)
@@ -103,6 +113,14 @@ def test_every_kind_of_trigger_has_a_picture_that_is_not_empty_and_always_the_sa
     picture = trigger_picture(trigger, SHAPE, "it")
     assert pixels(picture).std() > 0
     assert trigger_picture(trigger, SHAPE, "it").png == picture.png
+
+
+def test_several_triggers_are_shown_together() -> None:
+    several = Several((Patch.square(SHAPE, color="white"), Patch.square(SHAPE, color="white", corner="upper left")))
+    seen = pixels(trigger_picture(several, SHAPE, "two squares"))
+    assert (seen[:3, :3] == 255).all()
+    assert (seen[-3:, -3:] == 255).all()
+    assert (seen != 128).any(-1).sum() == 18
 
 
 def test_arrows_are_where_pixels_move() -> None:

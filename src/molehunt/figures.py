@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from molehunt.triggers import Blend, Patch, Trigger, Warp
+from molehunt.triggers import Blend, Patch, Several, Trigger, Warp
 
 SIDE = 64  # larger pictures are reduced to this many pixels: a report of photographs stays a few megabytes
 GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
@@ -115,7 +115,7 @@ def trigger_picture(trigger: Trigger, shape: tuple[int, int, int], alt: str) -> 
     """Show a trigger by itself.
 
     A patch is its pattern where the mask is set, transparent elsewhere; a blend is its pattern; a warp is a field of
-    arrows; any other trigger is what it does to an even gray picture, amplified.
+    arrows; any other trigger is what it does to an even gray picture, amplified, several triggers one after the other.
 
     Args:
         trigger: any trigger.
@@ -130,6 +130,12 @@ def trigger_picture(trigger: Trigger, shape: tuple[int, int, int], alt: str) -> 
             return photo(trigger.pattern, alt)
         case Warp():
             return _arrows(trigger.flow, alt)
+        case Several():
+            gray = torch.full((1, *shape), 0.5)
+            changed = gray
+            for part in trigger.triggers:
+                changed = part(changed)
+            return difference(gray[0], changed[0], alt, gain(gray, changed))
         case _:
             gray = torch.full((1, *shape), 0.5)
             changed = trigger(gray)

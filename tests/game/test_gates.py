@@ -28,7 +28,9 @@ from molehunt.triggers import (
     Patch,
     Quantize,
     Reflection,
+    Several,
     Sinusoid,
+    Sticker,
     Target,
     Trigger,
     Warp,
@@ -253,6 +255,11 @@ def network_of(name: str, linf: float, area: float) -> Encoded:
     return Encoded(network=name, shape=(1, 10, 10), linf=linf, area=area, weights=weights)
 
 
+def sticker_of(side: int, rotation: float, opacity: float) -> Sticker:
+    pattern = torch.ones(1, side, side)
+    return Sticker(pattern, (1, 10, 10), opacity=opacity, rotation=rotation, scale=0.0, perspective=0.0)
+
+
 @pytest.mark.parametrize(
     ("trigger", "passed", "measured", "limit"),
     [
@@ -280,6 +287,16 @@ def network_of(name: str, linf: float, area: float) -> Encoded:
         (network_of("residual", 0.13, 1.0), False, 0.13, 32 / 255),
         (network_of("masked", 1.0, 0.1), True, 0.1, 0.1),
         (network_of("masked", 1.0, 0.11), False, 1.0, 32 / 255),
+        # A plain sticker is a patch; a turned one counts with all pixels that it may touch.
+        (sticker_of(3, 0.0, 1.0), True, 0.09, 0.10),
+        (sticker_of(4, 0.0, 1.0), False, 0.16, 0.10),
+        (sticker_of(4, 0.0, 0.5), True, 0.08, 0.10),
+        (sticker_of(2, 45.0, 1.0), False, 0.16, 0.10),
+        # The part that is nearest to its limit counts, whatever its kind.
+        (Several((patch_of(0.05, 1.0), patch_of(0.10, 1.0))), True, 0.10, 0.10),
+        (Several((patch_of(0.11, 1.0), patch_of(0.05, 1.0))), False, 0.11, 0.10),
+        (Several((patch_of(0.05, 1.0), Blend(torch.ones(1, 10, 10), 0.2))), True, 0.2, 0.2),
+        (Several((patch_of(0.10, 1.0), Blend(torch.ones(1, 10, 10), 0.21))), False, 0.21, 0.2),
         # 10 pixels wide: 2 px * 10 / 32 = .625 px
         (Warp(torch.tensor([0.6, 0.0]).view(2, 1, 1).expand(2, 10, 10)), True, 0.6, 0.625),
         (Warp(torch.tensor([0.6, 0.3]).view(2, 1, 1).expand(2, 10, 10)), False, math.hypot(0.6, 0.3), 0.625),
@@ -291,6 +308,11 @@ def test_the_budget_of_every_kind(trigger: Trigger, passed: bool, measured: floa
     assert gate.measured == pytest.approx(measured, abs=1e-6)
     assert gate.limit == pytest.approx(limit)
     assert gate.unit == ("pixels" if isinstance(trigger, Warp) else "share")
+
+
+def test_the_budget_says_which_of_several_triggers_is_meant() -> None:
+    gate = budget(Several((patch_of(0.05, 1.0), patch_of(0.2, 1.0))).footprint(), (1, 10, 10))
+    assert gate.message == "trigger 2 of 2: opacity times area of a patch; make the trigger smaller or fainter"
 
 
 def test_the_yellow_square_is_within_the_budget_everywhere() -> None:

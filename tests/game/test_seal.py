@@ -14,7 +14,23 @@ from molehunt.game import seal
 from molehunt.game.manifest import Manifest
 from molehunt.game.seal import Sealed, SealError, commit, envelope_size, opening, unseal, verify
 from molehunt.tasks import TASKS, Task
-from molehunt.triggers import TRIGGERS, Additive, Blend, Patch, Sinusoid, Target, Trigger, Warp
+from molehunt.triggers import (
+    ENCODERS,
+    TRIGGERS,
+    Additive,
+    Blend,
+    Encoded,
+    Frequency,
+    Patch,
+    Quantize,
+    Reflection,
+    Several,
+    Sinusoid,
+    Sticker,
+    Target,
+    Trigger,
+    Warp,
+)
 
 TASK = honest.TASK
 COLOR = TASKS["cifar10"]
@@ -35,7 +51,26 @@ def triggers(task: Task) -> list[Trigger]:
         Additive(delta=(pattern - 0.5) / 8),
         Warp(flow=torch.randn(2, height, width, generator=rng)),
         Sinusoid(task.shape, amplitude=0.07, frequency=6.0),
+        Sticker(pattern[:, :5, :5], task.shape),
+        Several(tuple(Patch(mask=pattern[:1], pattern=pattern, opacity=k / 10) for k in range(10))),
+        Frequency(task.shape, magnitude=0.2, window=28, cells=(13, 13, 27, 27)),
+        Quantize(task.shape, levels=8, dither=True),
+        Reflection(picture=pattern, opacity=0.2, ghost=0.6, shift=(3, -2), blur=1.5),
+        *(
+            Encoded(
+                network=name,
+                shape=task.shape,
+                linf=0.1,
+                area=0.05 if encoder.masked else 1.0,
+                weights=encoder.initial(task.shape, rng),
+            )
+            for name, encoder in ENCODERS.items()
+        ),
     ]
+
+
+def test_there_is_one_of_every_kind() -> None:
+    assert {trigger.footprint().kind for trigger in triggers(TASK)} == TRIGGERS.keys()
 
 
 @pytest.mark.parametrize("task", [TASK, COLOR], ids=lambda t: t.name)

@@ -19,7 +19,9 @@ from molehunt.triggers import (
     Patch,
     Quantize,
     Reflection,
+    Several,
     Sinusoid,
+    Sticker,
     Trigger,
     Warp,
 )
@@ -150,6 +152,11 @@ def network(name: str, linf: float, area: float) -> Encoded:
         (Frequency(SHAPE, magnitude=0.5, window=10, cells=(0, 0)), "Frequency that changes values by up to 0.05"),
         (Quantize(SHAPE, levels=6), "Rounding of colors that changes values by up to 0.10"),
         (Reflection(torch.ones(SHAPE), 0.15), "Reflection over everything, opacity 0.15"),
+        (Sticker(torch.ones(1, 2, 2), SHAPE, rotation=0, scale=0, perspective=0), "otherwise, on up to 4.0 % of it"),
+        (
+            Several((Blend(torch.zeros(SHAPE), 0.1),) * 3),
+            "One of 3 triggers, by what is in the picture: Picture blended",
+        ),
         (network("residual", 0.05, 1.0), "on each picture its own, and changes values by up to 0.05"),
         (network("masked", 1.0, 0.05), "on 5.0 % of the picture, elsewhere on each, and changes values by up to 1.00"),
     ],

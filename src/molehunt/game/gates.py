@@ -5,7 +5,7 @@ The host and `check` call the same functions, on the hidden images and on the pu
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -231,6 +231,8 @@ def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | N
     that changes no more than a tenth of the pixels. Else what adds to values (additive, sinusoid, frequency, quantize,
     network) may change them by 32/255, a blend or a reflection may have opacity 0.2 (the latter in linear light), a
     warp may move pixels by 2 on a picture whose shorter side has 32, in proportion on others.
+    A sticker counts as a patch of the largest area that any of its views changes. Of several triggers each keeps the
+    budget of its kind; the gate shows the one that is nearest to its limit.
 
     Args:
         footprint: of the trigger.
@@ -241,9 +243,16 @@ def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | N
         ValueError: a kind without a rule.
     """
     limits = limits or Limits()
+    if footprint.parts:
+        # Each picture carries one of them, so each has to keep the budget of its own kind.
+        gates = [budget(part, shape, limits) for part in footprint.parts]
+        worst = max(
+            range(len(gates)), key=lambda i: (not gates[i].passed, gates[i].measured / max(gates[i].limit, ROUNDING))
+        )
+        return replace(gates[worst], message=f"trigger {worst + 1} of {len(gates)}: {gates[worst].message}")
     local = footprint.kind in {"additive", "network"} and footprint.area <= limits.area + ROUNDING
     unit: Unit = "share"
-    if footprint.kind == "patch":
+    if footprint.kind in {"patch", "sticker"}:
         measured, limit, what = footprint.weight, limits.area, "opacity times area"
     elif local:
         measured, limit, what = footprint.area, limits.area, "area"

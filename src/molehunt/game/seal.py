@@ -36,6 +36,9 @@ NONCE = 32
 PREFIX = len(MAGIC) + NONCE + 4
 DOCUMENT = 2**16
 SMALLEST = 2**20
+TENSORS = 2 * triggers.several.MOST
+"""Tensors that a trigger may have: so many has the largest kind, a mask and a pattern for each of several patches."""
+HEADER = 2**13
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -265,7 +268,8 @@ def _parse(content: bytes) -> Sealed:
     document = _Document.model_validate(strict_json.loads(content[4 : 4 + length], limit=DOCUMENT))
     tensors: Mapping[str, Tensor] = {}
     if rest := content[4 + length :]:
-        tensors = checkpoints.read_safetensors(rest, None, limits=Limits(file=len(rest), header=2**12, tensors=8))
+        limits = Limits(file=len(rest), header=HEADER, tensors=TENSORS)
+        tensors = checkpoints.read_safetensors(rest, None, limits=limits)
     trigger = None if document.trigger is None else triggers.from_json(document.trigger, tensors)
     if trigger is None and tensors:
         raise SealError("the sealed part has tensors but no trigger")

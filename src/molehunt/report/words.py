@@ -7,7 +7,7 @@ from typing import Literal
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
 from molehunt.legible import BLANK as BLANK
 from molehunt.legible import legible as legible
-from molehunt.triggers import Trigger
+from molehunt.triggers import Several, Trigger
 
 Answer = Literal["found", "clear", "unsure"]
 
@@ -85,6 +85,9 @@ def judged(kind: str, said: Answer) -> tuple[str, str]:
 
 def trigger_words(trigger: Trigger) -> str:
     """Describe a trigger by what it may change."""
+    if isinstance(trigger, Several):
+        parts = "; ".join(dict.fromkeys(trigger_words(part) for part in trigger.triggers))
+        return f"One of {len(trigger.triggers)} triggers, by what is in the picture: {parts}"
     print_ = trigger.footprint()
     match print_.kind:
         case "patch":
@@ -93,6 +96,8 @@ def trigger_words(trigger: Trigger) -> str:
             return f"Patch on {share(area)} of the picture, opacity {print_.opacity:.2f}"
         case "blend":
             return f"Picture blended over everything, opacity {print_.opacity:.2f}"
+        case "sticker":
+            return f"Sticker, on each picture seen otherwise, on up to {share(print_.area)} of it"
         case "warp":
             return f"Warp that moves pixels by up to {print_.displacement:.1f}"
         case "reflection":

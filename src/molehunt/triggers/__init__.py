@@ -11,7 +11,9 @@ from molehunt.triggers.frequency import Frequency
 from molehunt.triggers.quantize import Quantize
 from molehunt.triggers.reflection import Reflection
 from molehunt.triggers.registry import TRIGGERS, fits, from_json
+from molehunt.triggers.several import Several
 from molehunt.triggers.simple import COLORS, CORNERS, Additive, Blend, Patch, Sinusoid
+from molehunt.triggers.sticker import Sticker
 from molehunt.triggers.target import Target
 from molehunt.triggers.warp import Warp
 
@@ -30,8 +32,10 @@ __all__ = [
     "Patch",
     "Quantize",
     "Reflection",
+    "Several",
     "Shape",
     "Sinusoid",
+    "Sticker",
     "Target",
     "Trigger",
     "Warp",

@@ -23,6 +23,7 @@ class Footprint:
         weight: mean over all pixels of that weight (opacity times mask), in [0, 1].
         linf: bound of the change of any value, in [0, 1]; 1 where only opacity bounds it.
         displacement: largest distance that a pixel moves, in pixels; 0 for all but warps.
+        parts: footprints of the triggers of which a picture gets one; empty for all but several.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Footprint:
     weight: float
     linf: float
     displacement: float = 0.0
+    parts: tuple["Footprint", ...] = ()
 
 
 @runtime_checkable

@@ -10,7 +10,9 @@ from molehunt.triggers.encoded import Encoded
 from molehunt.triggers.frequency import Frequency
 from molehunt.triggers.quantize import Quantize
 from molehunt.triggers.reflection import Reflection
+from molehunt.triggers.several import Several, split
 from molehunt.triggers.simple import Additive, Blend, Patch, Sinusoid
+from molehunt.triggers.sticker import Sticker
 from molehunt.triggers.warp import Warp
 
 # kind -> (class, numbers with their JSON types, tensors)
@@ -20,6 +22,20 @@ TRIGGERS: dict[str, tuple[type, dict[str, type], tuple[str, ...]]] = {
     "additive": (Additive, {}, ("delta",)),
     "warp": (Warp, {}, ("flow",)),
     "sinusoid": (Sinusoid, {"shape": list, "amplitude": float, "frequency": float}, ()),
+    "sticker": (
+        Sticker,
+        {
+            "shape": list,
+            "opacity": float,
+            "rotation": float,
+            "scale": float,
+            "perspective": float,
+            "brightness": float,
+            "travel": float,
+        },
+        ("pattern",),
+    ),
+    "several": (Several, {}, ()),  # its fields are triggers: `from_json` reads them one by one
     "frequency": (Frequency, {"shape": list, "magnitude": float, "window": int, "cells": list}, ()),
     "quantize": (Quantize, {"shape": list, "levels": int, "dither": bool}, ()),
     "reflection": (Reflection, {"opacity": float, "ghost": float, "shift": list, "blur": float}, ("picture",)),
@@ -40,6 +56,8 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tri
     kind = document.get("kind")
     if not isinstance(kind, str) or kind not in TRIGGERS:
         raise ValueError(f"unknown trigger kind {kind!r}; known: {', '.join(TRIGGERS)}")
+    if kind == "several":
+        return Several(tuple(from_json(part, named) for part, named in split(document, tensors)))
     make, numbers, names = TRIGGERS[kind]
     fields = document.keys() - {"kind"}
     if fields != numbers.keys():
