@@ -2,7 +2,7 @@
 
     python benchmarks/training.py run --recipe fast_cifar --attack badnets --seed 3
     python benchmarks/training.py try --recipe narrow_cifar --set batch=250 --set epochs=3
-    python benchmarks/training.py collect                   results/training.json from the rows
+    python benchmarks/training.py collect                   results/training.json and the table of the docs page
 
 `run` appends to results/training.jsonl and measures on the test split; a row that is there already is not made again.
 `try` is for choosing recipes: it measures on the validation split and appends to results/training-develop.jsonl. A
@@ -33,9 +33,10 @@ from molehunt.runner import generator
 from molehunt.tasks import Task, get_task
 from molehunt.training import Recipe, recipe_for
 from molehunt.triggers import Patch, Target
-from record import Figure, append, machine, rows, spread, todo, write
+from record import RESULTS, Figure, append, machine, rows, spread, todo, write
 
 NAME, DEVELOP = "training", "training-develop"
+PAGE = Path(__file__).parent.parent / "docs/reference/training.md"
 TASK_OF = {"badnets_cnn": "mnist", "lenet5": "mnist", "mntd_mnist": "mnist"}  # all others: cifar10
 
 
@@ -145,6 +146,33 @@ def collect() -> None:
                 note=f"{note}; load before each run {[r['busy'] for r in found]}" if what == "time" else "",
             )
     print(write(NAME, figures).read_text())
+    write_table(json.loads((RESULTS / f"{NAME}.json").read_text())["figures"])
+
+
+def write_table(figures: dict[str, dict[str, Any]]) -> None:
+    """Put the figures into the table of the docs page; a test compares the two."""
+    columns = (  # title of the figure, factor, decimals
+        ("time", 1.0, 1),
+        ("accuracy", 100.0, 2),
+        ("ASR", 100.0, 2),
+        ("loss of accuracy against its clean twin", 100.0, 2),
+        ("work", 1.0, 2),
+    )
+    lines = []
+    for key in dict.fromkeys(key.rsplit(", ", 1)[0] for key in figures):
+        recipe, attack = key.split(", ")
+        cells = [f"`{recipe}`", attack, str(len(figures[f"{key}, time"]["seeds"]))]
+        for title, factor, places in columns:
+            figure = figures.get(f"{key}, {title}")
+            low, middle, high = (
+                (factor * figure["spread"][k] for k in ("min", "median", "max")) if figure else (0, 0, 0)
+            )
+            cell = f"{middle:.{places}f}" + (f" ({low:.{places}f} to {high:.{places}f})" if high > low else "")
+            cells.append(cell if figure else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    before, _, rest = PAGE.read_text().partition("## Figures\n\n")
+    head, after = rest.split("\n")[:2], rest.split("\n\n", 1)[1]
+    PAGE.write_text(f"{before}## Figures\n\n" + "\n".join([*head, *lines]) + f"\n\n{after}")
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The documentation: links arrive, dependencies have reasons, and the code in it runs."""
 
+import contextlib
+import json
 import re
 import sys
 import tomllib
@@ -7,6 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from molehunt.networks import NETWORKS, build, capture, features
+from molehunt.training.recipes import RECIPES, SMALL
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -56,3 +63,78 @@ def test_every_dependency_has_its_reason_and_no_reason_lacks_its_dependency() ->
     rows = re.findall(r"^\| `([\w-]+)` \| (.+) \|$", (ROOT / "docs/extend/dependencies.md").read_text(), re.MULTILINE)
     assert {name for name, _ in rows} == names
     assert all(len(reason) > 4 for _, reason in rows)
+
+
+def table(page: str, title: str) -> list[list[str]]:
+    """Rows of the first table after a heading, as cells without code marks."""
+    text = (ROOT / page).read_text()
+    assert f"\n## {title}\n" in text, f"{page} has no heading {title!r}"
+    lines = text.split(f"\n## {title}\n", 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    cells = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        cells.append([cell.strip().strip("`") for cell in line.strip("|").split("|")])
+    return cells
+
+
+def test_the_table_of_networks_is_what_is_counted() -> None:
+    counted = []
+    for name in NETWORKS:
+        shape = (1, 28, 28) if name in {"badnets_cnn", "lenet5", "mntd_mnist"} else (3, 32, 32)
+        model = build(name, shape, 10).eval()
+        x = torch.zeros(1, *shape)
+        with FlopCounterMode(display=False) as flops, torch.no_grad():
+            inside = features(model, "head", x)[1]
+            block = capture(model, "trunk", x)
+        count = sum(p.numel() for p in model.parameters())
+        mflop = flops.get_total_flops() / 2e6  # two passes
+        sides = "x".join(map(str, block.shape[1:]))
+        row = [name, "x".join(map(str, shape)), f"{count:,}".replace(",", " "), f"{mflop:.1f}"]
+        counted.append([*row, str(least_side(name, shape[0])), sides, str(inside.shape[1])])
+    assert table("docs/reference/networks.md", "The eleven") == counted
+
+
+def least_side(name: str, channels: int) -> int:
+    for side in range(1, 33):
+        with contextlib.suppress(ValueError):
+            build(name, (channels, side, side), 2)
+            return side
+    raise AssertionError(f"{name} takes no picture of up to 32 pixels")
+
+
+def test_the_tables_of_recipes_are_the_recipes() -> None:
+    recipes = [(name, "", recipe) for name, recipe in RECIPES.items()]
+    recipes += [(name, task, recipe) for task, own in SMALL.items() for name, recipe in own.items()]
+    wanted = []
+    for name, task, r in recipes:
+        least = f"{r.least_images:,}".replace(",", " ") if r.least_images else ""
+        rates = [f"{r.lr:g}", f"{r.muon_lr:g}" if r.optimizer == "muon" else "", f"{r.momentum:g}"]
+        last = [f"{r.weight_decay:g}", r.schedule, f"{r.warmup:g}", f"{r.label_smoothing:g}", str(r.shift)]
+        wanted.append([name, task, f"{r.epochs:g}", least, str(r.batch), r.optimizer, *rates, *last])
+        assert r.muon_momentum == 0.6, "the page says so in a sentence"
+    assert table("docs/reference/training.md", "Recipes") == wanted
+
+
+def test_the_figures_of_training_are_those_that_were_measured() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/training.json").read_text())["figures"]
+    names = ("time", "accuracy", "ASR", "loss of accuracy against its clean twin", "work")
+    shown = set()
+    for recipe, attack, models, *cells in table("docs/reference/training.md", "Figures"):
+        assert int(models) == len(figures[f"{recipe}, {attack}, time"]["seeds"])
+        for name, cell in zip(names, cells, strict=True):
+            key = f"{recipe}, {attack}, {name}"
+            if not cell:
+                assert key not in figures, f"the page leaves out {key}"
+                continue
+            shown.add(key)
+            spread = [figures[key]["spread"][k] * (1 if name in {"time", "work"} else 100) for k in WRITTEN]
+            numbers = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
+            assert numbers[0] == pytest.approx(spread[0], abs=0.051 if name == "time" else 0.0051), key
+            rest = numbers[1:] or [numbers[0]] * 2
+            assert rest == pytest.approx(spread[1:], abs=0.051 if name == "time" else 0.0051), key
+    assert shown == set(figures), "run: python benchmarks/training.py collect"
+
+
+WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"

@@ -244,3 +244,12 @@ def test_an_empty_game_is_a_page_too() -> None:
 def test_a_model_without_a_repair_says_so() -> None:
     page = Page(scan_html(replace(made_up.scan(), accuracy=Change(before=0.9), asr=None)))
     assert "after no repair" in page.words
+
+
+def test_no_grid_is_wider_than_the_page(pages: dict[str, str]) -> None:
+    """A grid column without a least width of 0 grows with the table in it, and the whole page then scrolls sideways."""
+    style = re.sub(r"/\*.*?\*/", "", pages["game"].split("<style>")[1].split("</style>")[0], flags=re.DOTALL)
+    grids = [rule for rule in re.findall(r"\{([^{}]*)\}", style) if re.search(r"display:\s*grid", rule)]
+    assert len(grids) >= 4
+    for rule in grids:
+        assert "place-items" in rule or "minmax(" in rule, rule
