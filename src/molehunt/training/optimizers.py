@@ -20,6 +20,7 @@ class Muon(torch.optim.Optimizer):
         weights: tensors of at least two dimensions, the first one counts the filters.
         lr: size of a step, relative to the weight's norm.
         momentum: share of the old momentum that is kept, in [0, 1); Nesterov's form.
+        stacked: the first dimension counts networks that share no number: each is stepped as if it were alone.
 
     Reference:
         Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
@@ -29,8 +30,9 @@ class Muon(torch.optim.Optimizer):
         the work; the norm of a weight is held at its first value.
     """
 
-    def __init__(self, weights: Iterable[Tensor], *, lr: float, momentum: float) -> None:
+    def __init__(self, weights: Iterable[Tensor], *, lr: float, momentum: float, stacked: bool = False) -> None:
         super().__init__(weights, {"lr": lr, "momentum": momentum})
+        self.stacked = stacked
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, so no loss to return
@@ -42,15 +44,18 @@ class Muon(torch.optim.Optimizer):
                 if weight.grad is None:
                     continue
                 state = self.state[weight]
+                alone = weight.unbind(0) if self.stacked else (weight,)
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                    state["norm"] = weight.norm()
+                    state["norm"] = torch.stack([one.norm() for one in alone])
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                step = weight.grad.add(momentum, alpha=group["momentum"])
-                step = orthogonalize(step.flatten(1)).view_as(weight)
-                size = group["lr"] * state["norm"] / step.norm().clamp(min=1e-12)
-                weight.sub_(step * size)
-                weight.mul_(state["norm"] / weight.norm().clamp(min=1e-12))
+                steps = weight.grad.add(momentum, alpha=group["momentum"])
+                for one, raw, norm in zip(
+                    alone, steps.unbind(0) if self.stacked else (steps,), state["norm"], strict=True
+                ):
+                    step = orthogonalize(raw.flatten(1)).view_as(one)
+                    one.sub_(step * (group["lr"] * norm / step.norm().clamp(min=1e-12)))
+                    one.mul_(norm / one.norm().clamp(min=1e-12))
 
 
 # A few odd polynomials a s + b s^3 + c s^5, one after the other, take singular values in (0, 1] near 1. These are the
@@ -85,10 +90,15 @@ def orthogonalize(matrix: Tensor, steps: int = 4) -> Tensor:
     return out
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, recipe: Recipe, *, stacked: bool = False) -> list[torch.optim.Optimizer]:
     """Make the optimizers that a recipe asks for, over all parameters that take gradients.
 
     Weight decay is for weights of two or more dimensions only: a bias or a norm's scale has no redundant size.
+
+    Args:
+        model: what is trained.
+        recipe: which optimizers, with which settings.
+        stacked: the first dimension of every parameter counts networks; see `molehunt.training.stack`.
 
     Raises:
         ValueError: no parameter takes gradients.
@@ -97,14 +107,15 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     if not parameters:
         raise ValueError("no parameter of the model takes gradients; call model.requires_grad_(True) first")
     optimizers: list[torch.optim.Optimizer] = []
+    extra = 1 if stacked else 0
     if recipe.optimizer == "muon":
-        filters = [p for p in parameters if p.dim() == 4]
+        filters = [p for p in parameters if p.dim() == 4 + extra]
         if filters:
-            optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum))
-        parameters = [p for p in parameters if p.dim() != 4]
+            optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum, stacked=stacked))
+        parameters = [p for p in parameters if p.dim() != 4 + extra]
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.dim() > 1 + extra], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1 + extra], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
