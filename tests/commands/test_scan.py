@@ -137,6 +137,20 @@ def test_weights_without_the_name_of_their_network(model: Path, capsys: Out) -> 
     assert "--network" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_there_is_said_before_anything_else(tmp_path: Path, capsys: Out) -> None:
+    missing = tmp_path / "model.safetensors"
+    assert main(["scan", str(missing), "--task", TASK.name]) == 3
+    assert f"cannot open {missing}" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_refusal_names_the_file(tmp_path: Path, capsys: Out) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("no archive")
+    for name in ("empty", "notes.txt"):
+        assert main(["scan", str(tmp_path / name), "--task", TASK.name]) == 3
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: ")
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.PTH", "model.pkl", "pytorch_model.bin"])
 def test_a_pickle_is_sent_to_the_converter(name: str, capsys: Out) -> None:
     assert scanning(Path(name)) == 3

@@ -33,7 +33,36 @@ def given(kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        raise InputError(str(error) or type(error).__name__) from error
+        raise InputError(_words(error)) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name a file in the refusals of what is in it, which know it by its content only.
+
+    Raises:
+        InputError: nothing is there, or what is there is refused.
+    """
+    from molehunt.files import Refused
+
+    if not path.exists():
+        raise InputError(f"cannot open {path}: there is no such file or folder")
+    try:
+        yield
+    except Refused as error:
+        text = str(error)
+        raise InputError(text if str(path) in text else f"{path}: {text}") from error
+
+
+def _words(error: Exception) -> str:
+    """Say what is wrong without the number that the system has for it."""
+    if isinstance(error, FileExistsError) and error.filename:
+        return f"{error.filename} is a file, and a folder is needed; name another one"
+    if isinstance(error, NotADirectoryError) and error.filename:
+        return f"{error.filename} cannot be made: a part of the path is a file; name another folder"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def check_target(path: Path | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from molehunt.commands import consoles
-from molehunt.commands.exits import CLEAR, FOUND, UNSURE, InputError, check_target, given
+from molehunt.commands.exits import CLEAR, FOUND, UNSURE, InputError, check_target, given, reading
 from molehunt.commands.interrupt import Interrupt
 from molehunt.commands.options import Seconds, Seed, Threads, use_threads
 from molehunt.commands.watch import Watch, watching
@@ -103,7 +103,8 @@ def scan(
             pictures = None if clean is None else get_task(f"folder:{clean}")
             problem = get_task(task) if task is not None else pictures
         assert problem is not None  # one of the two was given
-        model = _read(path, problem, network)
+        with reading(path):
+            model = _read(path, problem, network)
         defenses = {name: kind() for name, kind in available().items()}
         with given((ValueError, OSError)):
             known = None if references is None else comparable(calibration.load(references), problem, model.name)
@@ -157,6 +158,8 @@ def _check_usage(path: Path, task: str | None, clean: Path | None, found_at: flo
     if path.suffix.lower() in PICKLES:
         safe = shlex.quote(str(path.with_suffix(".safetensors")))
         raise InputError(f"{path} may be a pickle, which is never read; first: molehunt convert {path} {safe}")
+    if not path.exists():
+        raise InputError(f"cannot open {path}: there is no such file or folder")
 
 
 def _read(path: Path, task: "Task", network: str | None) -> "Network":
