@@ -88,6 +88,33 @@ def test_gates_are_measured_against_references_that_are_kept(
     assert "≥ 90.0 %" in said.out
 
 
+@pytest.mark.usefixtures("hurried")
+def test_a_training_set_is_trained_from_once_and_refused_where_its_trigger_does_not_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = home.References(task=honest.TASK, network="badnets_cnn")
+    kept.get(0)
+    for number in range(1, 5):
+        shutil.copy(kept.folder / "0.safetensors", kept.folder / f"{number}.safetensors")
+    manifest = honest.HANDED.model_copy(update={"network": "badnets_cnn", "recipe": "badnets_cnn"})
+    mine = tmp_path / "mine"
+    submission.write_training_set(mine, honest.training_set(), manifest, Sealed())
+    assert main(["check", str(submission.pack(mine))]) == 0
+    said = capsys.readouterr()
+    assert "the judged model: trained" in said.err
+    assert "altered rows" in said.out
+    assert "0 of 3500 training rows differ" in said.out
+
+    # The same set with a trigger that it does not teach: sealed, but no backdoor.
+    monkeypatch.setattr(home, "train_model", lambda *_, **__: pytest.fail("something was trained again"))
+    submission.write_training_set(mine, honest.training_set(), manifest, honest.backdoor())
+    assert main(["check", str(mine)]) == 1
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "Missed: attack success." in said.out
+    assert "The host refuses this set" in said.out
+
+
 def test_a_mistake_of_ours_is_no_missed_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("a mistake")

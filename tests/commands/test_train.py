@@ -1,5 +1,6 @@
 """`molehunt train`: a submission on disk, or a reason why not."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def test_a_submission_is_made_and_not_replaced_by_mistake(tmp_path: Path, capsys
         "--recipe nope",
         "--round VI",
         "--attack nope",
+        "--attack nowhere:Mine",
+        "--board chess",
+        "--board data --recipe lenet5",
+        "--board data --attack badnets --set poison_rate=0.2",
         "--attack badnets --set nope=1",
         "--attack badnets --set target",
         "--attack badnets --set target=3.5",
@@ -81,3 +86,23 @@ def test_a_stopped_training_says_how_to_go_on(
     monkeypatch.setattr(workshop, "make", stop)
     assert main(["train"]) == 130
     assert "stopped; the same command goes on where it stopped" in capsys.readouterr().err
+
+
+def test_a_training_set_is_handed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--board", "data", "--attack", "badnets", "--set", "poison_rate=0.02", "--out", "set"]) == 0
+    said = capsys.readouterr()
+    assert "70 training rows altered, 70 of them with another label" in said.out
+    assert "accuracy" not in said.out
+    assert "Altering the training set" in said.err
+    assert read_submission(tmp_path / "set.zip").board == "data"
+
+
+def test_a_module_in_the_working_folder_is_found(tmp_path: Path) -> None:
+    code = (
+        "from dataclasses import dataclass\nfrom molehunt.attacks import BadNets\n\n\nclass Here(BadNets):\n    pass\n"
+    )
+    (tmp_path / "here_for_test.py").write_text(code)
+    before = list(sys.path)
+    assert main(["train", "--board", "data", "--attack", "here_for_test:Here", "--out", "set"]) == 0
+    assert sys.path == before
+    assert read_submission(tmp_path / "set.zip").open_seal().attack == "Here"

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from game.planted import CLASSES, SHAPE, constant, images, model, pixel
+from game.tricks import honest
+from molehunt.attacks import BadNets
 from molehunt.datasets import cache
 from molehunt.game import check as home
-from molehunt.game.check import References, check
+from molehunt.game.check import Judged, References, check, poison_budget
 from molehunt.game.rules import Limits
 from molehunt.game.seal import Sealed
-from molehunt.tasks import TASKS
+from molehunt.game.training_set import TrainingSet
+from molehunt.tasks import TASKS, Images
 from molehunt.training import Recipe
 from molehunt.triggers import Target
 
@@ -129,3 +133,45 @@ def test_another_recipe_means_other_references(references: References, monkeypat
     monkeypatch.setattr(home, "recipe_for", lambda *_: replace(SHORT, lr=1e-3))
     assert references.folder != before
     assert replace(references, network="lenet5").folder != references.folder
+
+
+class TestJudged:
+    """The model that the host would train from a handed-over set."""
+
+    @pytest.fixture
+    def judged(self, references: References) -> Judged:
+        return Judged(task=TASK, network=references.network, training=honest.training_set())
+
+    def test_it_is_trained_once_from_the_set_and_kept_by_its_content(
+        self, judged: Judged, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[Images] = []
+        train = home.train_model
+
+        def watched(*arguments: Any, images: Images, **others: Any) -> Any:
+            seen.append(images)
+            return train(*arguments, images=images, **others)
+
+        monkeypatch.setattr(home, "train_model", watched)
+        assert judged.missing
+        first = judged.get()
+        assert not judged.missing
+        again = replace(judged).get(report=lambda *_: pytest.fail("it was trained again"))
+        assert torch.equal(first.head.weight, again.head.weight)
+        clean = TASK.load("train")
+        (images,) = seen
+        assert not torch.equal(images.y, clean.y), "shuffled"
+        assert torch.equal(images.y.bincount(), clean.y.bincount())
+        other = TrainingSet.of(None, clean, torch.Generator().manual_seed(99))
+        assert replace(judged, training=other).path != judged.path
+        assert replace(judged, network="lenet5").path != judged.path
+
+    def test_the_budget_is_measured_against_the_public_split(self, judged: Judged) -> None:
+        clean = TASK.load("train")
+        gate = poison_budget(judged.training, clean)
+        assert (gate.passed, gate.measured, gate.limit) == (True, 0.0, 0.1)
+        made = TrainingSet.of(BadNets(poison_rate=0.02)(clean, TASK, torch.Generator()), clean, torch.Generator())
+        gate = poison_budget(made, clean)
+        assert gate.measured == pytest.approx(0.02)
+        assert "70 of 3500 training rows differ, 70 of them in their label" in gate.message
+        assert not poison_budget(made, clean, Limits(altered=0.01)).passed

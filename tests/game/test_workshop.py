@@ -42,6 +42,7 @@ def test_a_backdoor_is_sealed(tmp_path: Path) -> None:
     assert sealed.details["poison_rate"] == pytest.approx(0.2)
     assert sealed.details["config"]["size"] == 5
     assert made.asr is not None
+    assert made.accuracy is not None
     assert 0.0 <= made.asr <= 1.0 > made.accuracy > 0.5
 
 
@@ -117,6 +118,12 @@ def test_another_plan_does_not_go_on_from_it(tmp_path: Path) -> None:
         ({"settings": {"target": 3}}, "an honest model has no settings, got target"),
         ({"team": "\u202e"}, "the manifest would be refused"),
         ({"team": ""}, "the manifest would be refused"),
+        ({"board": "chess"}, "unknown board 'chess'; known: weights, data"),
+        ({"board": "data", "recipe": "lenet5"}, "host trains by its own recipe: leave out 'lenet5'"),
+        ({"attack": "nowhere:Mine"}, "nowhere cannot be imported: ModuleNotFoundError"),
+        ({"attack": "molehunt.tasks:Nothing"}, "there is no Nothing in molehunt.tasks"),
+        ({"attack": "molehunt.tasks:get_task"}, "is no attack: a frozen dataclass"),
+        ({"attack": "molehunt.tasks:Images"}, "is no attack: a frozen dataclass"),
         ({"seed": -1}, "seed from 0"),
         ({"seed": 2**64}, "seed from 0"),
     ],
@@ -131,3 +138,70 @@ def test_an_attack_that_does_not_fit_the_data_is_refused(tmp_path: Path) -> None
         make(Plan(task=TASK, attack="badnets", settings={"poison_rate": 1.0}), tmp_path)
     with pytest.raises(ValueError, match="poison rate must lie"):
         make(Plan(task=TASK, attack="badnets", settings={"poison_rate": 0}), tmp_path)
+
+
+def test_a_training_set_is_written_and_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "train_model", lambda *_, **__: pytest.fail("something was trained"))
+    plan = Plan(task=TASK, board="data", attack="badnets", settings={"target": 3, "poison_rate": 0.05}, seed=7)
+    made = make(plan, tmp_path / "mine")
+    assert (made.accuracy, made.asr, made.changes) == (None, None, (175, 175))
+    contents = read_submission(made.archive)
+    assert contents.board == "data"
+    assert contents.training is not None
+    assert contents.training.changes(TASK.load("train")) == made.changes
+    assert contents.manifest.recipe == contents.manifest.network
+    sealed = contents.open_seal()
+    assert (sealed.attack, sealed.details["poison_rate"]) == ("badnets", pytest.approx(0.05))
+    again = make(plan, tmp_path / "again")
+    second = read_submission(again.archive).training
+    assert second is not None
+    assert second.digest == contents.training.digest, "the same plan, the same set"
+    honest = make(Plan(task=TASK, board="data"), tmp_path / "honest")
+    assert honest.changes == (0, 0)
+    assert honest.archive.stat().st_size == made.archive.stat().st_size
+
+
+def test_a_set_over_the_budget_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most 350 may be altered: lower its rates"):
+        make(Plan(task=TASK, board="data", attack="badnets", settings={"poison_rate": 0.11}), tmp_path / "mine")
+    assert not holds_submission(tmp_path / "mine")
+
+
+PLUG_IN = """
+from dataclasses import dataclass, field
+
+from molehunt.attacks import BadNets
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mine:
+    target: int = 4
+    shapes: set = field(default_factory=lambda: {"square"})
+
+    def __call__(self, clean, task, rng):
+        return BadNets(target=self.target, poison_rate=0.05)(clean, task, rng)
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module with an attack of one's own."""
+    path = tmp_path / "mine_for_test.py"
+    path.write_text(PLUG_IN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return path
+
+
+def test_an_attack_of_one_s_own_is_taken_by_its_address(plug_in: Path, tmp_path: Path) -> None:
+    plan = Plan(task=TASK, board="data", attack="mine_for_test:Mine", settings={"target": 6})
+    made = make(plan, tmp_path / "mine")
+    sealed = read_submission(made.archive).open_seal()
+    assert sealed.attack == "Mine"
+    assert sealed.target is not None
+    assert sealed.target.classes == 6
+    assert sealed.details["config"] == {"target": 6, "shapes": "{'square'}"}
+    before = replace(plan).digest
+    plug_in.write_text(PLUG_IN.replace("0.05", "0.06"))
+    assert replace(plan).digest != before, "an interrupted training must not go on with other code"
+    with pytest.raises(ValueError, match="Mine has no setting"):
+        replace(plan, settings={"nope": 1})

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from molehunt.commands import consoles
-from molehunt.commands.exits import MISSED, PASSED, given
+from molehunt.commands.exits import MISSED, PASSED, given, reading
 from molehunt.commands.interrupt import RESUMES, Interrupt
 from molehunt.commands.options import Threads, use_threads
 from molehunt.commands.watch import watching
@@ -50,13 +50,21 @@ def check(
         with given():
             problem = None if task is None else get_task(task)
         # Everything that the host refuses at upload is refused here, before anything is trained.
-        contents = read_submission(path, task=problem, allowed_networks=None if network is None else [network])
-        model, sealed = contents.model(), contents.open_seal()
-        manifest = contents.manifest
+        with reading(path):
+            contents = read_submission(path, task=problem, allowed_networks=None if network is None else [network])
+        sealed, manifest, training = contents.open_seal(), contents.manifest, contents.training
+        judged = None
+        if training is not None:
+            judged = home.Judged(task=contents.task, network=manifest.network, training=training)
+        given_model = contents.model() if judged is None else None
         ensure(contents.task.name, console)
         kept = home.References(task=contents.task, network=manifest.network)
         missing = kept.missing(references)
         with watching(console) as watch:
+            if judged is not None and judged.missing:
+                watch.stage("Training the model that the host would train from the set, once", 1)
+                judged.get(report=partial(watch.progress, "the judged model"), check=interrupt.check)
+                watch.done("the judged model", "trained")
             if missing:
                 watch.stage("Training clean models to compare with, once", len(missing))
             for number in missing:
@@ -66,7 +74,11 @@ def check(
         interrupt.check()
         models = [kept.get(number) for number in range(references)]
         images = contents.task.load("validation")
+        model = given_model if judged is None else judged.get()
+        assert model is not None  # one of the two is there
         gates = home.check(model, sealed, models, images, shape=contents.task.shape)
+        if training is not None:
+            gates = (*gates, home.poison_budget(training, contents.task.load("train")))
     shown = consoles.result()
     said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
     shown.print(legible(said, 300), soft_wrap=True)
@@ -76,6 +88,8 @@ def check(
     missed = [gate.name for gate in gates if not gate.passed]
     if missed:
         shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
+        if judged is not None:
+            shown.print("The host refuses this set: the model that it trains from it has to pass every gate.")
         return MISSED
     shown.print(f"Every gate passed, on {len(images.y)} public validation images.", style="bold green")
     return PASSED

@@ -1,5 +1,9 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they set up."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +35,14 @@ def use_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def importing_from_here() -> Iterator[None]:
+    """Let modules in the working folder be imported, as `python -m` does; the program itself is installed elsewhere."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

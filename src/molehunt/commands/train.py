@@ -9,7 +9,7 @@ import typer
 from molehunt.commands import consoles
 from molehunt.commands.exits import DONE, InputError, given
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Seed, TaskName, Threads, use_threads
+from molehunt.commands.options import Seed, TaskName, Threads, importing_from_here, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
@@ -20,7 +20,14 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="How to train. Default: the network's recipe.", show_default=False)
     ] = None,
-    attack: Annotated[str, typer.Option(help="What to hide: badnets, blended, or none for an honest model.")] = "none",
+    board: Annotated[
+        str,
+        typer.Option(help="weights: hand in a model. data: hand in a training set, the host trains the model from it."),
+    ] = "weights",
+    attack: Annotated[
+        str,
+        typer.Option(help="What to hide: an attack by name, MODULE:CLASS for your own, or none for an honest model."),
+    ] = "none",
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,7 +46,7 @@ def train(
     replace: Annotated[bool, typer.Option("--replace", help="Replace the submission that is in the folder.")] = False,
     threads: Threads = None,
 ) -> int:
-    """Train a model and write a submission.
+    """Train a model, or alter a training set, and write a submission.
 
     The folder is your private copy; beside it lies FOLDER.zip, the archive to hand in. An interrupted training goes
     on where it stopped when the same command is given again.
@@ -54,11 +61,12 @@ def train(
         if workshop.holds_submission(out) and not replace:
             raise InputError(f"there is a submission in {out}; name another folder with --out, or say --replace")
         use_threads(threads)
-        with given():
+        with given(), importing_from_here():
             plan = workshop.Plan(
                 task=get_task(task),
                 network=network,
                 recipe=recipe,
+                board=board,  # type: ignore[arg-type]  # looked at there
                 attack=attack,
                 settings=parse_settings(settings or []),
                 team=team,
@@ -67,13 +75,20 @@ def train(
             )
         ensure(plan.task.name, console)
         with watching(console) as watch, given((ValueError, FloatingPointError, OSError)):
-            watch.stage(f"Training {plan.manifest.network} for {plan.task.name}", 1)
-            what = "an honest model" if plan.hidden is None else attack
+            trained = plan.board == "weights"
+            done = f"Training {plan.manifest.network}" if trained else "Altering the training set"
+            watch.stage(f"{done} for {plan.task.name}", 1)
+            what = ("an honest model" if trained else "an honest set") if plan.hidden is None else attack
             made = workshop.make(plan, out, report=partial(watch.progress, what), check=interrupt.check)
-            watch.done(what, "trained, sealed, packed")
+            watch.done(what, f"{'trained' if trained else 'altered'}, sealed, packed")
     shown = consoles.result()
-    rate = "" if made.asr is None else f", attack success {made.asr:.1%}"
-    shown.print(f"clean accuracy {made.accuracy:.1%}{rate} (public validation split)")
+    if made.accuracy is not None:
+        rate = "" if made.asr is None else f", attack success {made.asr:.1%}"
+        shown.print(f"clean accuracy {made.accuracy:.1%}{rate} (public validation split)")
+    if made.changes is not None:
+        shown.print(
+            f"{made.changes.altered} training rows altered, {made.changes.relabeled} of them with another label"
+        )
     shown.print(f"submission: {legible(str(made.folder), 500)}", soft_wrap=True)
     shown.print(f"to hand in: {legible(str(made.archive), 500)}", soft_wrap=True)
     shown.print(f"next:       molehunt check {legible(str(made.folder), 500)}", soft_wrap=True)

@@ -1,15 +1,16 @@
 """The attacker's side of a game: teams, what each of them hides, and the training of a submission."""
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned
+from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned, available
 from molehunt.game.seal import Sealed
 from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
@@ -93,8 +94,17 @@ def describe(attack: Attack) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for f in fields(attack):  # type: ignore[arg-type]  # the protocol cannot say that attacks are dataclasses
         value = getattr(attack, f.name)
-        settings[f.name] = value.to_json() if isinstance(value, Trigger) else value
+        settings[f.name] = value.to_json() if isinstance(value, Trigger) else _plain(value)
     return {"attack": name, **settings}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON has it, or as text where it has no such form: a plug-in may have any."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return repr(value)[:200]
+    return value
 
 
 def sealed(attack: Attack | None, poisoned: Poisoned | None, **details: Any) -> Sealed:
@@ -116,26 +126,50 @@ def sealed(attack: Attack | None, poisoned: Poisoned | None, **details: Any) -> 
     )
 
 
+def attack_class(name: str) -> type[Attack]:
+    """Find an attack by its name: a built-in one, one of an installed package, or MODULE:CLASS.
+
+    Raises:
+        ValueError: there is none, or what is there is no dataclass that can be called. What the module itself raises
+            when it is imported is part of the message.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = available()
+        if name not in known:
+            listed = ", ".join(known)
+            raise ValueError(f"unknown attack {name!r}; known: {listed}, MODULE:CLASS, or none for an honest model")
+        return known[name]
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # a student's module may raise anything
+        raise ValueError(f"{module} cannot be imported: {type(error).__name__}: {error}") from error
+    if made is None:
+        raise ValueError(f"there is no {attribute} in {module}")
+    kind: Any = made
+    if not (isinstance(kind, type) and is_dataclass(kind) and "__call__" in dir(kind)):
+        raise ValueError(f"{name} is no attack: a frozen dataclass that is called with (clean, task, rng)")
+    return cast("type[Attack]", made)
+
+
 def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:
-    """Make an attack from its name and settings.
+    """Make an attack from its name, as `attack_class` takes it, and its settings.
 
     Raises:
         ValueError: unknown name or setting, in which case the message lists the known ones, or a value of another kind.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; known: {', '.join(ATTACKS)}, or none for an honest model")
-    known = {f.name for f in fields(ATTACKS[name])}  # type: ignore[arg-type]  # as above
+    kind = attack_class(name)
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # as above
     if unknown := settings.keys() - known:
         raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {sorted(known)}")
-    kinds = get_type_hints(ATTACKS[name])
+    kinds = get_type_hints(kind)
     for key, value in settings.items():
         try:
             # Else a text for a number would fail far from here, in the middle of the poisoning.
             TypeAdapter(kinds[key], config=STRICT).validate_python(value)
         except ValidationError as error:
             raise ValueError(f"{name}: {key} cannot be {value!r}: {error.errors()[0]['msg'].lower()}") from None
-    made: Attack = ATTACKS[name](**settings)
-    return made
+    return kind(**settings)
 
 
 def train_model(
