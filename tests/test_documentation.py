@@ -3,21 +3,26 @@
 import contextlib
 import json
 import re
+import statistics
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from molehunt.confinement import Limits
+from molehunt.isolation import DISK
 from molehunt.networks import NETWORKS, build, capture, features
 from molehunt.training.recipes import RECIPES, SMALL
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-RUN = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*/README.md")])
+# data.md runs in tests/datasets, isolation.md shows a host's half of a conversation.
+RUN = sorted(page for page in PAGES if page.name not in {"data.md", "isolation.md"} and "```python" in page.read_text())
 
 
 def named(path: Path) -> str:
@@ -43,7 +48,7 @@ def test_every_link_within_the_repository_arrives(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", RUN, ids=named)
-def test_the_code_in_the_doors_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_in_the_pages_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         module = ModuleType("documentation")
         monkeypatch.setitem(sys.modules, module.__name__, module)  # dataclasses look their module up
@@ -54,6 +59,18 @@ def test_the_readme_begins_with_the_two_commands() -> None:
     lines = [line for line in (ROOT / "README.md").read_text().splitlines() if line and not line.startswith("```")]
     assert lines[0] == "# Molehunt"
     assert [line.split("#")[0].strip() for line in lines[1:3]] == ["make play", "make test"]
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/extend/isolation.md"])
+def test_the_limits_of_a_confined_defense_are_those_of_the_code(page: str) -> None:
+    limits, text = Limits(), (ROOT / page).read_text()
+    for said in (
+        f"{limits.memory // 2**30} GiB",
+        f"{limits.file // 2**20} MiB",
+        f"{DISK // 2**30} GiB",
+        str(limits.open_files),
+    ):
+        assert re.search(rf"\b{said}\b", text), f"{page} does not say {said}"
 
 
 def test_every_dependency_has_its_reason_and_no_reason_lacks_its_dependency() -> None:
@@ -135,6 +152,40 @@ def test_the_figures_of_training_are_those_that_were_measured() -> None:
             rest = numbers[1:] or [numbers[0]] * 2
             assert rest == pytest.approx(spread[1:], abs=0.051 if name == "time" else 0.0051), key
     assert shown == set(figures), "run: python benchmarks/training.py collect"
+
+
+def test_the_figures_of_badnets_are_those_that_were_measured() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/training.json").read_text())["figures"]
+    rows = {row[0]: row for row in table("docs/reference/attacks/badnets.md", "Figures")}
+    for title, key in (
+        ("MNIST, clean error more than the twin's", "loss of accuracy against its clean twin"),
+        ("MNIST, all-to-one ASR", "ASR"),
+    ):
+        spread = figures[f"badnets_cnn, badnets, {key}"]["spread"]
+        ours, (low, high) = rows[title][2], re.findall(r"[\d.]+", rows[title][5])[:2]
+        assert ours.split()[0] == f"{100 * spread['median']:.2f}"
+        assert [low, high] == [f"{100 * spread['min']:.2f}", f"{100 * spread['max']:.2f}"]
+
+
+def test_the_figures_of_neural_cleanse_on_reference_models_are_those_that_were_measured() -> None:
+    path = ROOT / "benchmarks/results/population-mnist5k-badnets_cnn.jsonl"
+    models: dict[str, list[dict[str, Any]]] = {}
+    for line in path.read_text().splitlines():
+        model = json.loads(line)
+        kind, number = model["name"].split()
+        # benchmarks/populations.py plants the three kinds in turn.
+        what = ("BadNets models, one target", "Blended models", "all-to-all models")[int(number) % 3]
+        models.setdefault("clean models" if kind == "clean" else what, []).append(model)
+    page = "docs/reference/defenses/neural_cleanse.md"
+    rows = {row[0]: row for row in table(page, "Figures")}
+    for kind, found in models.items():
+        scores = [model["scores"]["neural_cleanse"] for model in found]
+        row = rows[f"score of {kind}"]
+        assert row[2] == f"{statistics.median(scores):.2f} (median)"
+        assert row[3].startswith(f"{len(scores)}")
+        assert row[5].startswith(f"{min(scores):.2f} to {max(scores):.2f}")
+        rates = [model["asr"] for model in found if model["asr"] is not None]
+        assert not rates or f"{min(rates):.2f} to {max(rates):.2f}" in (ROOT / page).read_text()
 
 
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"
