@@ -74,10 +74,8 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
     assert isinstance(asked["engine"], Processes)
     assert (asked["engine"].count, asked["engine"].threads) == (2, 1)
     said = capsys.readouterr().out.splitlines()
-    again = (
-        "molehunt play --task mnist5k --network badnets_cnn --round final --seed 7 --teams 3 --clean 2 --references 6"
-    )
-    assert " ".join(said[:-1]) == f"played {again}"
+    again = "molehunt play --task mnist5k --network badnets_cnn --round final --board weights --seed 7 --teams 3 --clean 2 --references 6"
+    assert " ".join(" ".join(said[:-1]).split()) == f"played {again}"
     assert fake.told == ["summary", again], "summed up once, and shown and written alike"
     assert said[-1] == f"report: {(tmp_path / 'a report.html').as_uri()}"
 
@@ -95,6 +93,7 @@ def test_one_job_needs_no_other_process(fake: type[FakeHost]) -> None:
         "--task nope",
         "--network nope",
         "--round VI",
+        "--board chess",
         "--round IV",  # none of its defenses is there yet
         "--task folder:nowhere",
         "--references 4",
@@ -192,3 +191,9 @@ def test_a_machine_with_a_gpu_trains_one_model_at_a_time(monkeypatch: pytest.Mon
 )
 def test_a_task_that_is_a_path_names_a_folder(task: str, name: str) -> None:
     assert play._slug(task) == name
+
+
+def test_a_game_on_the_data_board_has_a_folder_of_its_own(fake: type[FakeHost]) -> None:
+    assert main(["play", "--not-isolated", "--board", "data"]) == 0
+    assert fake.asked["settings"].board == "data"
+    assert fake.asked["folder"] == Path("runs/play-mnist5k-0-data")

@@ -12,6 +12,7 @@ from game.tricks import honest
 from molehunt.attacks import BadNets
 from molehunt.datasets import cache
 from molehunt.game import check as home
+from molehunt.game.attacker import train_model
 from molehunt.game.check import Judged, References, check, poison_budget
 from molehunt.game.rules import Limits
 from molehunt.game.seal import Sealed
@@ -146,7 +147,7 @@ class TestJudged:
         self, judged: Judged, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Images] = []
-        train = home.train_model
+        train = train_model
 
         def watched(*arguments: Any, images: Images, **others: Any) -> Any:
             seen.append(images)

@@ -21,6 +21,9 @@ def play(
         str | None, typer.Option(help="Architecture that everybody trains. Default: the task's.", show_default=False)
     ] = None,
     round_: Annotated[str, typer.Option("--round", help="Which defenses play: I, II, III, IV or final.")] = "final",
+    board: Annotated[
+        str, typer.Option(help="weights: teams hand in models. data: training sets, and the host trains all models.")
+    ] = "weights",
     seed: Seed = 0,
     teams: Annotated[int, typer.Option(help="Teams: attackers, and honest ones among them.", min=1)] = 7,
     clean: Annotated[int, typer.Option(help="Clean models that the host slips in among the judged.", min=0)] = 4,
@@ -28,7 +31,10 @@ def play(
         int, typer.Option(help="Clean models that the host trains to compare with. More allow surer verdicts.", min=5)
     ] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the game. Default: runs/play-TASK-SEED.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder of the game. Default: runs/play-TASK-SEED, with -data on the data board.", show_default=False
+        ),
     ] = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
@@ -67,6 +73,7 @@ def play(
                 task=problem.name,
                 network=network or problem.network,
                 round=round_,
+                board=board,  # type: ignore[arg-type]  # looked at there
                 seed=seed,
                 teams=teams,
                 clean=clean,
@@ -74,11 +81,11 @@ def play(
             )
             if settings.network not in NETWORKS:
                 raise InputError(f"unknown network {settings.network!r}; known: {', '.join(NETWORKS)}")
-            listed = get_round(round_).on_board("weights")
+            listed = get_round(round_).on_board(board)
         defenses = {name: DEFENSES[name]() for name in listed if name in DEFENSES}
         if not defenses:
             raise InputError(f"no defense of round {round_} is there yet: it needs {', '.join(listed)}")
-        folder = out or Path("runs") / f"play-{_slug(task)}-{seed}"
+        folder = out or Path("runs") / f"play-{_slug(task)}-{seed}{'-data' if board == 'data' else ''}"
         ensure(problem.name, console)
         count = jobs or _at_once(threads)
         with (
@@ -104,7 +111,7 @@ def play(
                     watch=watch,
                 )
             played = host.play()
-        command = _command(settings.task, settings.network, settings.round, seed, teams, clean, references)
+        command = _command(settings.task, settings.network, settings.round, board, seed, teams, clean, references)
         report = publication.summary(played, command)
         page = publication.publish(played, report)
     shown = consoles.result()
@@ -128,12 +135,15 @@ def _slug(task: str) -> str:
     return legible(Path(task.partition("?")[0].removeprefix("folder:")).name or "folder", 60)
 
 
-def _command(task: str, network: str, round_: str, seed: int, teams: int, clean: int, references: int) -> str:
+def _command(
+    task: str, network: str, round_: str, board: str, seed: int, teams: int, clean: int, references: int
+) -> str:
     """What plays the same game again; every setting is named, for defaults may change."""
     named = {
         "task": task,
         "network": network,
         "round": round_,
+        "board": board,
         "seed": seed,
         "teams": teams,
         "clean": clean,

@@ -11,6 +11,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned, available
+from molehunt.game.rules import Board
 from molehunt.game.seal import Sealed
 from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
@@ -43,13 +44,14 @@ def four_pixels(shape: tuple[int, int, int]) -> Patch:
     return Patch(mask=mask, pattern=mask.expand(channels, -1, -1).clone())
 
 
-def teams(task: Task, count: int, rng: torch.Generator) -> tuple[Team, ...]:
+def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights") -> tuple[Team, ...]:
     """Return the teams of the example game: five attackers and two honest teams, then the same kinds again.
 
     Args:
         task: what they train for.
         count: how many teams, at least one.
         rng: draws every team's target, sources and place.
+        board: what they hand in; a training set has room for fewer altered rows, covers included.
 
     Raises:
         ValueError: fewer than one team.
@@ -81,7 +83,9 @@ def teams(task: Task, count: int, rng: torch.Generator) -> tuple[Team, ...]:
             entry = "Carousel", BadNets(target="all", trigger=Patch.square(task.shape, size=4, color="white"))
         elif kind == 5:
             square = Patch.square(task.shape, size=4, color="white", corner="upper left")
-            entry = "Double Agent", BadNets(target=order[0], sources=(order[1], order[2]), trigger=square)
+            rate = 0.1 if board == "weights" else 0.05
+            agent = BadNets(target=order[0], sources=(order[1], order[2]), trigger=square, poison_rate=rate)
+            entry = "Double Agent", agent
         else:
             entry = "Plain Jane", None
         made.append(Team(name=entry[0] + suffix, attack=entry[1]))

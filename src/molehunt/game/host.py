@@ -7,6 +7,7 @@ goes on where it stopped. The folder:
     teams/NAME/            each team's private copy of its submission, and NAME.zip, what it hands in
     references/            the host's clean models, and their scores where none are shipped
     weights/  sealed/      the two stores: defenses see the first, the referee alone the second
+    sets/  judged/         on the data board: the sets, which no defense sees, and which weights came of them
     books.json             submissions by id, with their commitments
     gates/ID.json          the referee's measurements; no defense sees them
     verdicts/ID/           one record per defense, and verdict.json
@@ -21,7 +22,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -37,7 +38,7 @@ from molehunt.game import entries
 from molehunt.game.attacker import Team, teams
 from molehunt.game.entries import Settings
 from molehunt.game.referee import STREAM, Judged, Referee, read_verdict
-from molehunt.game.rules import Round, get_round
+from molehunt.game.rules import DATA_ONLY, Round, get_round
 from molehunt.game.submission import Submission, ingest
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
@@ -179,7 +180,8 @@ class Host:
 
     def _train(self) -> tuple[list[Path], list[Entry]]:
         """Train references and submissions, then check every archive and split it into the two stores."""
-        players = [*teams(self.task, self.settings.teams, generator(self.settings.seed_for("teams"), "teams"))]
+        rng = generator(self.settings.seed_for("teams"), "teams")
+        players = [*teams(self.task, self.settings.teams, rng, self.settings.board)]
         players += [Team(name=f"{HOST} {i + 1}", attack=None) for i in range(self.settings.clean)]
         references = entries.reference_jobs(self.settings, self.folder / "references")
         submitted = [entries.entry_job(self.settings, team, self.folder / "teams") for team in players]
@@ -187,10 +189,14 @@ class Host:
         self.watch.stage("The host trains clean references, teams train and submit", len(jobs))
         for job, text in zip(jobs, self.engine.map(entries.run, jobs), strict=True):
             self.watch.done(job.name, text)
+        board = self.settings.board
+        store, sealed = self.folder / ("weights" if board == "weights" else "sets"), self.folder / "sealed"
         books = [
-            Entry(team, ingest(job.path, self.folder / "weights", self.folder / "sealed", task=self.task), arrived)
+            Entry(team, ingest(job.path, store, sealed, board=board, task=self.task), arrived)
             for arrived, (team, job) in enumerate(zip(players, submitted, strict=True))
         ]
+        if board == "data":
+            books = self._train_handed(books)
         # The order of the books is drawn, so that it tells nothing.
         order = torch.randperm(len(books), generator=generator(self.settings.seed_for("order"), "order"))
         books = [books[i] for i in order.tolist()]
@@ -199,6 +205,36 @@ class Host:
             [{"id": s.id, "weights": s.weights, "commitment": s.commitment} for _, s, _ in books],
         )
         return [job.path for job in references], books
+
+    def _train_handed(self, books: list[Entry]) -> list[Entry]:
+        """Train the model that is judged from every handed-over set."""
+        self.watch.stage("The host trains a model from every training set", len(books))
+        trained = []
+        handed = [self._handed(entry.submission) for entry in books]
+        for entry, digest in zip(books, self.engine.map(entries.train_handed, handed), strict=True):
+            trained.append(entry._replace(submission=replace(entry.submission, weights=digest)))
+            self.watch.done(entry.submission.id[:8], "trained")
+        return trained
+
+    def _handed(self, submission: Submission) -> entries.Handed:
+        """Describe a handed-over set.
+
+        Raises:
+            ValueError: the submission is of the weights board.
+        """
+        if submission.training is None:
+            raise ValueError(f"submission {submission.id} holds no training set")
+        return entries.Handed(
+            settings=self.settings, folder=self.folder, id=submission.id, training=submission.training
+        )
+
+    def _clean_training(self, purpose: str) -> Images | None:
+        """The set on which a clean reference was trained, in an order drawn for it; None on the weights board."""
+        if self.settings.board == "weights":
+            return None
+        x, y = self.task.load("train")
+        order = torch.randperm(len(y), generator=generator(self.settings.seed_for(f"shuffle {purpose}"), "shuffle"))
+        return Images(x[order], y[order])
 
     def _gates(self, books: list[Entry], referee: Referee) -> None:
         self.watch.stage("The referee measures the gates on hidden images", len(books))
@@ -210,7 +246,8 @@ class Host:
     def _population(self, referee: Referee) -> Population:
         """Return the clean scores to compare with: those shipped for this task and network, else the references'."""
         shipped = calibration.shipped(self.task.name, self.settings.network, self.defenses)
-        if shipped is not None:
+        # What looks at training sets has scored no shipped model: those are of the weights board.
+        if shipped is not None and not (self.settings.board == "data" and DATA_ONLY & self.defenses.keys()):
             return shipped
         path = self.folder / "references" / "population.json"
         if path.exists():
@@ -221,7 +258,8 @@ class Host:
         def look(i: int, inspect: Inspect) -> dict[str, findings.Outcome]:
             # Each reference meets clean images drawn for it, as each game draws its own.
             clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
-            suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0])
+            training = self._clean_training(f"reference {i + 1}")
+            suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
             return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect)
 
         for i, outcomes in enumerate(self._together(look, range(len(referee.references)))):
@@ -247,7 +285,9 @@ class Host:
             folder = self.folder / "verdicts" / submission.id
             path = folder / "verdict.json"
             if not path.exists():
-                suspect = Suspect.of(referee.model(submission), self.task, clean=seen)
+                # Merged and shuffled: no defense learns which rows were handed over.
+                training = None if submission.training is None else self._handed(submission).images()
+                suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
                 outcomes = self._examine(suspect, folder, inspect)
                 verdict = combine.verdict(
                     outcomes.values(),

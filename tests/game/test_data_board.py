@@ -1,0 +1,135 @@
+"""A game on the data board: sets are handed over, the host trains, and defenses see the merged, shuffled set."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from molehunt import runner
+from molehunt.defenses import Defense
+from molehunt.engine import Local, Run
+from molehunt.findings import Abstention, Finding, Outcome
+from molehunt.game import entries
+from molehunt.game.entries import Settings
+from molehunt.game.host import Host, Played
+from molehunt.game.submission import open_stored_set
+from molehunt.suspect import Access, Suspect
+from molehunt.tasks import Images, get_task
+from molehunt.training import Recipe
+
+SETTINGS = Settings(task="mnist5k", network="badnets_cnn", board="data", seed=3, teams=2, clean=0)
+CLEAN = get_task("mnist5k").load("train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bookkeeper:
+    """Looks at the training set alone, as the defenses that play on the data board alone do.
+
+    Score: mean of the largest pixel value of the lower right corner. Reference: none. Departures: none.
+    """
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.TRAINING}),)
+    seen: ClassVar[list[Images]] = []
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        assert suspect.training is not None
+        self.seen.append(suspect.training)
+        score = float(suspect.training.x[:, :, -4:, -4:].amax((1, 2, 3)).mean())
+        return Finding(defense="spectral_signatures", score=score)
+
+
+class Silent:
+    def stage(self, title: str, total: int) -> None:
+        pass
+
+    def done(self, title: str, text: str) -> None:
+        pass
+
+
+def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+    return runner.inspect(defense, suspect, name=name, seed=0)
+
+
+def host(folder: Path, settings: Settings = SETTINGS) -> Host:
+    defenses = {"spectral_signatures": Bookkeeper()}
+    return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=Silent())
+
+
+def played(folder: Path, settings: Settings) -> tuple[Played, list[Images]]:
+    Bookkeeper.seen.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        # A quarter of a pass: what is trained on is tested here, not what is learned.
+        short = Recipe(epochs=0.25, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
+        patch.setattr(entries, "recipe_for", lambda *_: short)
+        done = host(folder, settings).play()
+    return done, list(Bookkeeper.seen)
+
+
+@pytest.fixture(scope="module")
+def game(tmp_path_factory: pytest.TempPathFactory) -> tuple[Played, list[Images]]:
+    return played(tmp_path_factory.mktemp("game"), SETTINGS)
+
+
+def test_a_defense_sees_each_set_merged_and_shuffled(game: tuple[Played, list[Images]]) -> None:
+    done, seen = game
+    assert len(seen) == 5 + 2, "the references, and then the submissions"
+    for one, images in zip(done.judged, seen[5:], strict=True):
+        assert one.submission.training is not None
+        handed = open_stored_set(done.folder / "sets", one.submission.training, done.task)
+        inside = handed.delivered(CLEAN, torch.Generator().manual_seed(0))
+        assert torch.equal(_sorted(images), _sorted(inside)), "the same images"
+        assert not torch.equal(images.y, inside.y)
+        assert not torch.equal(images.y, CLEAN.y), "in another order than the public one"
+        changed = int((_sorted(images) != _sorted(CLEAN)).any(1).sum())
+        assert (changed > 0) == one.sealed.backdoored
+    orders = [tuple(images.y[:50].tolist()) for images in seen]
+    assert len(set(orders)) == len(orders), "every one in an order of its own"
+
+
+def _sorted(images: Images) -> torch.Tensor:
+    """Rows that stand for images and labels, in an order that depends on them alone."""
+    rows = torch.stack((images.x.double().flatten(1) @ torch.arange(784.0).double(), images.y.double()), 1)
+    return rows[(rows[:, 0] * 10 + rows[:, 1]).argsort()]
+
+
+def test_nothing_of_the_sets_lies_where_defenses_look(game: tuple[Played, list[Images]]) -> None:
+    done, _ = game
+    assert len(list((done.folder / "weights").iterdir())) == 2
+    assert (done.folder / "sets").stat().st_mode & 0o077 == 0
+    sizes = {p.stat().st_size - len(p.stem) for p in (done.folder / "teams").glob("*.zip")}
+    assert len(sizes) == 1, "honest and backdoored teams hand over files of one size"
+    books = json.loads((done.folder / "books.json").read_text())
+    assert {book["weights"] for book in books} == {p.stem for p in (done.folder / "weights").iterdir()}
+
+
+def test_the_answers_of_such_defenses_count(game: tuple[Played, list[Images]]) -> None:
+    done, _ = game
+    for one in done.judged:
+        assert "spectral_signatures" in one.verdict.p_values
+    kinds = {one.team: one.kind for one in done.judged}
+    assert kinds == {"Yellow Square": "backdoored", "Honest Abe": "honest"}
+
+
+def test_a_finished_game_is_not_trained_again(game: tuple[Played, list[Images]]) -> None:
+    done, _ = game
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entries, "train_model", lambda *_, **__: pytest.fail("something was trained again"))
+        again = host(done.folder).play()
+    assert [one.submission for one in again.judged] == [one.submission for one in done.judged]
+
+
+def test_on_the_weights_board_such_a_defense_abstains(tmp_path: Path) -> None:
+    done, seen = played(tmp_path, dataclasses.replace(SETTINGS, board="weights", teams=1))
+    assert not seen
+    (one,) = done.judged
+    assert all(isinstance(outcome, Abstention) for outcome in one.verdict.outcomes)
+    assert not (tmp_path / "sets").exists()
+
+
+def test_an_unknown_board_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown board 'chess'"):
+        dataclasses.replace(SETTINGS, board="chess")  # type: ignore[arg-type]
