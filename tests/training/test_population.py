@@ -169,6 +169,17 @@ def test_sets_that_need_other_numbers_of_steps_are_refused() -> None:
         grow(plan(recipe=replace(RECIPE, least_images=0)), uneven)
 
 
+def test_a_member_may_have_a_recipe_of_its_own_but_a_block_has_one() -> None:
+    own = replace(RECIPE, lr=1e-3)
+    first, second = (replace(member, recipe=own) for member in members(2))
+    (alone,) = grow(plan(recipe=own), [replace(first, recipe=None)])
+    (same,) = grow(plan(), [first])
+    assert torch.equal(alone.network.head.weight, same.network.head.weight)
+    assert len(grow(plan(), [first, second])) == 2
+    with pytest.raises(ValueError, match="one recipe: member 0, member 1"):
+        grow(plan(), [first, replace(second, recipe=None)])
+
+
 def test_blocks_are_stopped_between_when_asked(tmp_path: Path) -> None:
     calls: list[None] = []
 

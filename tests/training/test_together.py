@@ -85,6 +85,14 @@ def test_every_optimizer(name: str, optimizer: str, lr: float) -> None:
         close(one, other)
 
 
+def test_adversarial_training_together_is_that_alone() -> None:
+    recipe = replace(RECIPE, adversarial=8 / 255, lr=5e-4)
+    plain = together("lenet5", replace(recipe, adversarial=0.0))
+    for one, other, without in zip(together("lenet5", recipe), alone("lenet5", recipe), plain, strict=True):
+        close(one, other)
+        assert not torch.equal(one.head.weight, without.head.weight)
+
+
 def test_one_diverging_network_is_named_and_the_others_could_not_have_helped_it() -> None:
     networks = members("badnets_cnn")
     with torch.no_grad():

@@ -56,6 +56,7 @@ class Member:
         subset_seed: draws the subset, so that members can share one.
         noise: standard deviation of Gaussian noise, one draw per training image, added after augmentation and
             poison; 0 for none. Values may leave [0, 1], as in randomized smoothing.
+        recipe: its own recipe; None for that of the plan. Members of one block have the same.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Member:
     subset: int | None = None
     subset_seed: int = 0
     noise: float = 0.0
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,8 +75,8 @@ class Plan:
     Attributes:
         task: its name.
         network: the architecture of all members.
-        recipe: the recipe of all members. Members whose sets differ in size need one that asks for a number of images
-            (`least_images`) instead of passes, so that all make equally many steps.
+        recipe: of all members that have none of their own. Members whose sets differ in size need one that asks for a
+            number of images (`least_images`) instead of passes, so that all make equally many steps.
         members: who they are; names are unique.
     """
 
@@ -93,7 +95,10 @@ class Plan:
 
     def fingerprint(self, members: Sequence[Member]) -> str:
         """Name a block by what decides its bytes, short of the layout and what an attack does."""
-        known = [[m.name, m.seed, m.subset, m.subset_seed, m.noise, type(m.poison).__name__] for m in members]
+        known = [
+            [m.name, m.seed, m.subset, m.subset_seed, m.noise, type(m.poison).__name__, m.recipe and m.recipe.to_json()]
+            for m in members
+        ]
         whole = {"task": self.task, "network": self.network, "recipe": self.recipe.to_json(), "members": known}
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
@@ -150,17 +155,21 @@ def grow(plan: Plan, members: Sequence[Member], *, report: Callable[[int, int], 
         members: those of the block.
         report: called with (images done, images in all).
     """
+    recipe = members[0].recipe or plan.recipe
+    if any((member.recipe or plan.recipe) != recipe for member in members):
+        names = ", ".join(member.name for member in members)
+        raise ValueError(f"members of one block need one recipe: {names}; order them by recipe or use smaller blocks")
     starts = [start(plan, member) for member in members]
     networks = [network for network, _, _, _ in starts]
     trained: list[Trained]
     if len(members) == 1:
         _, images, stamp, rng = starts[0]
-        trained = [train(networks[0], images, plan.recipe, rng=rng, stamp=stamp, report=report)]
+        trained = [train(networks[0], images, recipe, rng=rng, stamp=stamp, report=report)]
     else:
         trained = train_together(
             networks,
             [images for _, images, _, _ in starts],
-            plan.recipe,
+            recipe,
             rngs=[rng for _, _, _, rng in starts],
             stamps=[stamp for _, _, stamp, _ in starts],
             report=report,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from molehunt.networks import Network, fast_dtype
 from molehunt.tasks import Images
+from molehunt.training.adversarial import random_start, worsen
 from molehunt.training.batches import Batches, Stamp
 from molehunt.training.optimizers import make_optimizers
 from molehunt.training.recipes import Recipe
@@ -75,6 +77,15 @@ def train_together(
     stack.rngs = tuple(noise_generator(rng, place) for rng in rngs)
     sums, counts = torch.zeros(0, len(networks), device=place), torch.zeros(0)
     cast = torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+
+    def losses_of(labels: Tensor, pictures: Tensor) -> Tensor:
+        with cast:
+            logits = stack(pictures).float().transpose(1, 2)
+        return F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing, reduction="none").mean(1)
+
+    def total(labels: Tensor, pictures: Tensor) -> Tensor:
+        return losses_of(labels, pictures).sum()
+
     start = time.perf_counter()
     told = time.monotonic()
     for step in range(steps):
@@ -86,11 +97,10 @@ def train_together(
                 group["lr"] = rate * factor
         pairs = [each.next() for each in batches]
         x, y = torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
-        with cast:
-            logits = stack(x)
-        losses = F.cross_entropy(
-            logits.float().transpose(1, 2), y, label_smoothing=recipe.label_smoothing, reduction="none"
-        ).mean(1)
+        if recipe.adversarial:
+            starts = [random_start(own, recipe.adversarial, rng) for own, rng in zip(x, rngs, strict=True)]
+            x = worsen(partial(total, y), torch.stack(starts), x, recipe.adversarial)
+        losses = losses_of(y, x)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         # The sum: the gradient of every network's own mean loss, untouched by the others.

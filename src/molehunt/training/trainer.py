@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from molehunt.networks import Network, dropout_rng, fast_dtype
 from molehunt.tasks import Images
 from molehunt.training import state
+from molehunt.training.adversarial import random_start, worsen
 from molehunt.training.batches import Batches, Stamp
 from molehunt.training.optimizers import make_optimizers
 from molehunt.training.recipes import Recipe
@@ -121,6 +123,11 @@ def train(
             stood = {**numbers, "step": step, "seconds": time.perf_counter() - start}
             state.save(checkpoint, fingerprint, model, optimizers, tensors, stood)
 
+    def loss_of(labels: Tensor, pictures: Tensor) -> Tensor:
+        with cast:
+            logits = model(pictures)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+
     cast = torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
     with dropout_rng(model, noise):
         for step in range(first, steps):
@@ -135,9 +142,10 @@ def train(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             picked, labels = batches.next()
-            with cast:
-                logits = model(picked)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
+            if recipe.adversarial:
+                start_at = random_start(picked, recipe.adversarial, rng)
+                picked = worsen(partial(loss_of, labels), start_at, picked, recipe.adversarial)
+            loss = loss_of(labels, picked)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
