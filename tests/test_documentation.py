@@ -47,6 +47,20 @@ def test_every_link_within_the_repository_arrives(page: Path) -> None:
         assert not anchor or anchor in anchors(found), f"{named(page)} links to {target}"
 
 
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in reached:
+            continue
+        reached.add(page)
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            found = (page.parent / target).resolve()
+            # A link to a folder shows what lies in it.
+            waiting += found.glob("*.md") if found.is_dir() else [found] if found.suffix == ".md" else []
+    assert set(PAGES) == reached
+
+
 @pytest.mark.parametrize("page", RUN, ids=named)
 def test_the_code_in_the_pages_runs(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

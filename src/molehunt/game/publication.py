@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from molehunt import report
+from molehunt.calibration import Population
+from molehunt.conformal import posterior
 from molehunt.files import write_atomically
 from molehunt.findings import Cost, Outcome, Verdict
 from molehunt.game import scoreboard
@@ -20,7 +22,7 @@ from molehunt.game.host import Played
 from molehunt.game.referee import Judged
 from molehunt.game.scoring import Points, Truth, judge
 from molehunt.networks import Network
-from molehunt.report import Change, GameReport, GateView, Pictures, Row, SubmissionView
+from molehunt.report import FOUND_AT, Change, GameReport, GateView, Pictures, Row, SubmissionView
 from molehunt.triggers import Target
 
 SHOWN = 5  # example pictures per submission
@@ -261,9 +263,25 @@ def _says(model: Network, x: torch.Tensor, classes: tuple[str, ...]) -> tuple[st
 
 
 def _notes(played: Played) -> tuple[str, ...]:
-    clean = len(played.population.clean)
     return (
-        f"Probabilities rest on {clean} clean reference models: no p-value can be smaller than 1/{clean + 1}, "
-        "so no verdict can be surer than that many models allow.",
+        certainty(played.population),
         f"Gates and points were measured on {len(played.hidden.y)} hidden images that no defense saw.",
+    )
+
+
+def certainty(population: Population) -> str:
+    """Say how sure a verdict can be that rests on these reference models."""
+    clean = len(population.clean)
+    text = (
+        f"Probabilities rest on {clean} clean reference models: no p-value can be smaller than 1/{clean + 1}, "
+        "so no verdict can be surer than that many models allow."
+    )
+    if population.planted or not clean:
+        return text
+    # Without models of known backdoors nobody knows how strong the defenses are, and finding nothing proves little.
+    least, most = posterior(1.0, clean), posterior(1.0 / (clean + 1), clean)
+    missing = "found, and none clear" if most < FOUND_AT else "clear"
+    return (
+        f"{text} None of them has a known backdoor, so p lies between {least:.2f} and {most:.2f} whatever the defenses "
+        f"say: no model can be called {missing}."
     )
