@@ -39,6 +39,16 @@ def test_a_submission_is_made_and_not_replaced_by_mistake(tmp_path: Path, capsys
     assert not read_submission(tmp_path / "mine.zip").open_seal().backdoored
 
 
+@pytest.mark.parametrize(("rate", "said"), [(0.14, True), (0.95, False)])
+def test_a_trigger_that_was_not_learned_is_said(
+    rate: float, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = workshop.Made(folder=Path("mine"), archive=Path("mine.zip"), accuracy=0.98, asr=rate)
+    monkeypatch.setattr(workshop, "make", lambda *_, **__: made)
+    assert main(["train", "--attack", "badnets", "--out", "mine"]) == 0
+    assert ("the gate asks for 90%" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

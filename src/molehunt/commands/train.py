@@ -33,7 +33,7 @@ def train(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="A setting of the attack, such as target=3, poison_rate=0.05, sources=[1,2]. May be repeated.",
+            help="A setting of the attack, such as target=3, poison_rate=0.2, sources=[1,2]. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -56,6 +56,7 @@ def train(
         from molehunt.commands.fetching import ensure
         from molehunt.game import workshop
         from molehunt.game.attacker import parse_settings
+        from molehunt.game.rules import Limits
         from molehunt.tasks import get_task
 
         if workshop.holds_submission(out) and not replace:
@@ -85,6 +86,12 @@ def train(
     if made.accuracy is not None:
         rate = "" if made.asr is None else f", attack success {made.asr:.1%}"
         shown.print(f"clean accuracy {made.accuracy:.1%}{rate} (public validation split)")
+        if made.asr is not None and made.asr < Limits().asr:
+            shown.print(
+                f"That is too seldom: the gate asks for {Limits().asr:.0%}. Poison more, or make the trigger larger.",
+                style="yellow",
+                soft_wrap=True,
+            )
     if made.changes is not None:
         shown.print(
             f"{made.changes.altered} training rows altered, {made.changes.relabeled} of them with another label"
