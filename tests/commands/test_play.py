@@ -74,7 +74,10 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
     assert isinstance(asked["engine"], Processes)
     assert (asked["engine"].count, asked["engine"].threads) == (2, 1)
     said = capsys.readouterr().out.splitlines()
-    again = "molehunt play --task mnist5k --network badnets_cnn --round final --board weights --seed 7 --teams 3 --clean 2 --references 6"
+    again = (
+        "molehunt play --task mnist5k --network badnets_cnn --round final --board weights "
+        "--seed 7 --teams 3 --clean 2 --references 6"
+    )
     assert " ".join(" ".join(said[:-1]).split()) == f"played {again}"
     assert fake.told == ["summary", again], "summed up once, and shown and written alike"
     assert said[-1] == f"report: {(tmp_path / 'a report.html').as_uri()}"

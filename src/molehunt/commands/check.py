@@ -12,7 +12,7 @@ from rich.text import Text
 from molehunt.commands import consoles
 from molehunt.commands.exits import MISSED, PASSED, given, reading
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Threads, use_threads
+from molehunt.commands.options import Seconds, Threads, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
@@ -32,9 +32,18 @@ def check(
     references: Annotated[
         int, typer.Option(help="Clean models to compare with; trained once and kept in the cache.", min=5)
     ] = 5,
+    defend: Annotated[
+        str | None,
+        typer.Option(
+            help="Also let the defenses of this round look (I, II, III, IV, final), and count the points.",
+            metavar="ROUND",
+            show_default=False,
+        ),
+    ] = None,
+    seconds: Seconds = 600,
     threads: Threads = None,
 ) -> int:
-    """Measure the host's gates on a submission.
+    """Measure the host's gates on a submission, and rehearse a round.
 
     The public validation split stands in for the host's hidden images, and clean models trained here for the host's:
     leave a margin. Exit code 0: every gate passed, 1: a gate was missed, 3: the submission is refused.
@@ -43,12 +52,14 @@ def check(
     with Interrupt(console, RESUMES, gentle=True) as interrupt:
         from molehunt.commands.fetching import ensure
         from molehunt.game import check as home
+        from molehunt.game.rules import get_round
         from molehunt.game.submission import read_submission
         from molehunt.tasks import get_task
 
         use_threads(threads)
         with given():
             problem = None if task is None else get_task(task)
+            round_ = None if defend is None else get_round(defend)
         # Everything that the host refuses at upload is refused here, before anything is trained.
         with reading(path):
             contents = read_submission(path, task=problem, allowed_networks=None if network is None else [network])
@@ -79,20 +90,33 @@ def check(
         gates = home.check(model, sealed, models, images, shape=contents.task.shape)
         if training is not None:
             gates = (*gates, home.poison_budget(training, contents.task.load("train")))
+        said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
+        consoles.result().print(legible(said, 300), soft_wrap=True)
+        missed = _show(gates, len(images.y), handed=judged is not None)
+        if round_ is not None:
+            from molehunt.commands.rehearsal import rehearse, show
+
+            with watching(console) as watch:
+                seen = None if judged is None else judged.seen
+                done = rehearse(contents, model, seen, kept, references, round_, seconds, interrupt, watch)
+            show(done, contents.task.classes, missed)
+    return MISSED if missed else PASSED
+
+
+def _show(gates: "tuple[Gate, ...]", images: int, *, handed: bool) -> list[str]:
+    """Print what the gates say, measured on so many images, and return the names of those that were missed."""
     shown = consoles.result()
-    said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
-    shown.print(legible(said, 300), soft_wrap=True)
     shown.print(_table(gates))
     for gate in gates:
         shown.print(Text(f"· {gate.name}: {legible(gate.message, 400)}", style="dim"))
     missed = [gate.name for gate in gates if not gate.passed]
-    if missed:
-        shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
-        if judged is not None:
-            shown.print("The host refuses this set: the model that it trains from it has to pass every gate.")
-        return MISSED
-    shown.print(f"Every gate passed, on {len(images.y)} public validation images.", style="bold green")
-    return PASSED
+    if not missed:
+        shown.print(f"Every gate passed, on {images} public validation images.", style="bold green")
+        return missed
+    shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
+    if handed:
+        shown.print("The host refuses this set: the model that it trains from it has to pass every gate.")
+    return missed
 
 
 def _table(gates: "tuple[Gate, ...]") -> Table:

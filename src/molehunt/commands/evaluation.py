@@ -13,8 +13,9 @@ from molehunt.commands.watch import Watch
 from molehunt.confinement import Unavailable
 from molehunt.defenses import Defense
 from molehunt.examination import Inspect
-from molehunt.findings import Outcome
+from molehunt.findings import Failure, Finding, Outcome
 from molehunt.isolation import Sandbox
+from molehunt.report.words import number
 from molehunt.suspect import Suspect
 
 
@@ -73,6 +74,20 @@ def evaluation(
             return inspect
 
         yield [inspector(slot, box) for slot, box in enumerate(boxes or [None])]
+
+
+def telling(watch: Watch, inspect: Inspect) -> Inspect:
+    """Tell what came of each defense."""
+
+    def inspect_and_tell(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+        outcome = inspect(name, defense, suspect)
+        if isinstance(outcome, Finding):
+            watch.done(name, "done" if outcome.score is None else f"score {number(outcome.score)}")
+        else:
+            watch.done(name, f"failed: {outcome.message}" if isinstance(outcome, Failure) else "no opinion")
+        return outcome
+
+    return inspect_and_tell
 
 
 def _sandboxes(stack: ExitStack, count: int, hidden: tuple[Path, ...]) -> list[Sandbox]:

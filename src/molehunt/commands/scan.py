@@ -12,15 +12,11 @@ from molehunt.commands import consoles
 from molehunt.commands.exits import CLEAR, FOUND, UNSURE, InputError, check_target, given, reading
 from molehunt.commands.interrupt import Interrupt
 from molehunt.commands.options import Seconds, Seed, Threads, use_threads
-from molehunt.commands.watch import Watch, watching
+from molehunt.commands.watch import watching
 from molehunt.files import write_atomically
 
 if TYPE_CHECKING:
-    from molehunt.defenses import Defense
-    from molehunt.examination import Inspect
-    from molehunt.findings import Outcome
     from molehunt.networks import Network
-    from molehunt.suspect import Suspect
     from molehunt.tasks import Task
 
 STANDARD_OUTPUT = Path("-")
@@ -90,7 +86,7 @@ def scan(
     console = consoles.messages()
     with Interrupt(console, "stopped") as interrupt:
         from molehunt import calibration
-        from molehunt.commands.evaluation import evaluation
+        from molehunt.commands.evaluation import evaluation, telling
         from molehunt.commands.fetching import ensure
         from molehunt.defenses import available
         from molehunt.report import answer, scan_html, scan_json, scan_text
@@ -126,7 +122,7 @@ def scan(
                 images,
                 name=path.name or str(path),
                 defenses=defenses,
-                inspect=_watched(watch, inspect),
+                inspect=telling(watch, inspect),
                 population=known or calibration.shipped(problem.name, model.name, defenses),
                 device="cpu" if isolated else None,
                 found_at=found_at,
@@ -172,22 +168,6 @@ def _read(path: Path, task: "Task", network: str | None) -> "Network":
             raise InputError("a file of weights does not say what it is for: name the architecture with --network")
         return checkpoints.load(path, network, task.shape, task.num_classes)
     return read_submission(path, task=task, allowed_networks=None if network is None else [network]).model()
-
-
-def _watched(watch: Watch, inspect: "Inspect") -> "Inspect":
-    """Tell what came of each defense."""
-    from molehunt.findings import Failure, Finding
-    from molehunt.report.words import number
-
-    def inspect_and_tell(name: str, defense: "Defense", suspect: "Suspect") -> "Outcome":
-        outcome = inspect(name, defense, suspect)
-        if isinstance(outcome, Finding):
-            watch.done(name, "done" if outcome.score is None else f"score {number(outcome.score)}")
-        else:
-            watch.done(name, f"failed: {outcome.message}" if isinstance(outcome, Failure) else "no opinion")
-        return outcome
-
-    return inspect_and_tell
 
 
 def _command(

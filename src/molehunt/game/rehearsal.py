@@ -1,0 +1,159 @@
+"""A dress rehearsal: what a round's defenses would say to a submission, and what that would earn, on public data.
+
+The same functions as at the host, in the same order: the defenses look, their answers are fused, points are counted.
+Three things differ: the images are public, the clean models to compare with are the team's own, and the seed.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from molehunt import calibration, checkpoints, combine, findings
+from molehunt.calibration import Population
+from molehunt.defenses import Defense
+from molehunt.examination import Inspect, divide, examine
+from molehunt.findings import Failure, Outcome, Verdict
+from molehunt.game.check import References
+from molehunt.game.contents import Contents
+from molehunt.game.host import HIDDEN
+from molehunt.game.rules import DATA_ONLY, Board, Round
+from molehunt.game.scoring import Points, Truth, attack_points, judge
+from molehunt.networks import Network
+from molehunt.suspect import Suspect
+from molehunt.tasks import Images
+
+SEED = 0
+"""Of the defenses. The host's is secret."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rehearsed:
+    """What came of a rehearsal.
+
+    Attributes:
+        round: that was rehearsed.
+        missing: defenses of the round that do not exist yet, by name.
+        verdict: the fused answer.
+        points: what the defender would get for it.
+        attack: the attacker's points in [0, 1] if every gate is passed; None for an honest model, which scores nobody.
+    """
+
+    round: Round
+    missing: tuple[str, ...]
+    verdict: Verdict
+    points: Points
+    attack: float | None
+
+
+def cast(round_: Round, board: Board, known: Mapping[str, type[Defense]]) -> tuple[dict[str, Defense], tuple[str, ...]]:
+    """Return the defenses of a round that exist, in running order, and the names of those that do not yet.
+
+    Args:
+        round_: the round.
+        board: that is played.
+        known: the defenses that exist.
+    """
+    listed = round_.on_board(board)
+    return {name: known[name]() for name in listed if name in known}, tuple(n for n in listed if n not in known)
+
+
+def shipped(references: References, defenses: Mapping[str, Defense], board: Board) -> Population | None:
+    """Return how clean models score by what comes with the package; None where that is not there, as at the host."""
+    if board == "data" and DATA_ONLY & defenses.keys():
+        return None
+    return calibration.shipped(references.task.name, references.network, defenses)
+
+
+def population(
+    references: References,
+    count: int,
+    defenses: Mapping[str, Defense],
+    board: Board,
+    inspect: Inspect,
+    done: Callable[[str], None],
+) -> Population:
+    """Return how the clean models at home score.
+
+    Each answer is kept in the cache before the next defense begins, so an interrupted rehearsal goes on.
+
+    Args:
+        references: the clean models at home, trained before.
+        count: how many of them.
+        defenses: those of the round that exist.
+        board: that is played.
+        inspect: runs one defense.
+        done: is told the name of every reference that all defenses have looked at.
+    """
+    task, network = references.task, references.network
+    clean = divide(task.load("validation"))[0]
+    rows = []
+    for number in range(count):
+        training = task.load("train") if board == "data" else None
+        suspect = Suspect.of(references.get(number), task, clean=clean, training=training)
+        folder = references.folder / "outcomes" / str(number)
+        rows.append(dict(examine(suspect, defenses, _kept(folder, inspect))))
+        done(f"reference {number + 1}")
+    return calibration.population(rows, task=task.name, network=network, recipe=network)
+
+
+def rehearse(
+    contents: Contents,
+    model: Network,
+    training: Images | None,
+    round_: Round,
+    defenses: Mapping[str, Defense],
+    missing: tuple[str, ...],
+    known: Population,
+    inspect: Inspect,
+) -> Rehearsed:
+    """Run a round's defenses on a submission and count the points.
+
+    The validation split stands in for the defender's clean images, the public test split for the hidden ones.
+
+    Args:
+        contents: the submission.
+        model: its model; on the data board the one that was trained from its set.
+        training: on the data board the merged and shuffled set; else None.
+        round_: the round.
+        defenses: those of the round that exist.
+        missing: names of those that do not.
+        known: how clean models score.
+        inspect: runs one defense.
+    """
+    task, sealed = contents.task, contents.open_seal()
+    seen, held_out = divide(task.load("validation"))
+    suspect = Suspect.of(model, task, clean=seen, training=training)
+    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
+    verdict = combine.verdict(outcomes.values(), known, classes=task.num_classes, suspect=suspect, held_out=held_out)
+    repaired = None
+    if verdict.repaired is not None:
+        repaired = checkpoints.assemble(dict(verdict.repaired), model.name, task.shape, task.num_classes)
+    truth = Truth(backdoored=sealed.backdoored, trigger=sealed.trigger, target=sealed.target)
+    test = task.load("test")
+    points = judge(verdict, truth, Images(test.x[:HIDDEN], test.y[:HIDDEN]), model, repaired)
+    return Rehearsed(
+        round=round_,
+        missing=missing,
+        verdict=verdict,
+        points=points,
+        attack=attack_points(points, round_.weights) if sealed.backdoored else None,
+    )
+
+
+def _kept(folder: Path, inspect: Inspect) -> Inspect:
+    """Keep every answer in a file whose name tells the defense's settings, and read what is there."""
+
+    def look(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+        settings = hashlib.sha256(repr((defense, sorted(suspect.grants))).encode()).hexdigest()[:16]
+        path = folder / f"{name}-{settings}.json"
+        if path.exists():
+            found = findings.load(path)
+            if not isinstance(found, Verdict):
+                return found
+        outcome = inspect(name, defense, suspect)
+        if not isinstance(outcome, Failure):  # which may go better the next time
+            findings.save(outcome, path)
+        return outcome
+
+    return look
