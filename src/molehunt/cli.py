@@ -18,7 +18,7 @@ import typer
 import typer.main
 
 import molehunt
-from molehunt.commands import check, consoles, convert, data, play, scan, train
+from molehunt.commands import check, consoles, convert, data, play, scan, starter, train
 from molehunt.commands.exits import DONE, INTERNAL, REFUSED, STOPPED, UNREAD, InputError
 from molehunt.legible import legible
 
@@ -35,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(play.play)
+app.command()(starter.starter)
 app.command()(train.train)
 app.command()(check.check)
 app.command()(convert.convert)
