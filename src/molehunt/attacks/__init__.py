@@ -4,9 +4,20 @@ from importlib.metadata import entry_points
 
 from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
+from molehunt.attacks.bpp import Bpp
+from molehunt.attacks.ftrojan import FTrojan
 from molehunt.attacks.poisoning import Attack, Mark, Poisoned
+from molehunt.attacks.refool import Refool
+from molehunt.attacks.wanet import WaNet
 
-ATTACKS: dict[str, type[Attack]] = {"badnets": BadNets, "blended": Blended}
+ATTACKS: dict[str, type[Attack]] = {
+    "badnets": BadNets,
+    "blended": Blended,
+    "bpp": Bpp,
+    "ftrojan": FTrojan,
+    "refool": Refool,
+    "wanet": WaNet,
+}
 
 
 def available() -> dict[str, type[Attack]]:
@@ -27,4 +38,16 @@ def available() -> dict[str, type[Attack]]:
     return ATTACKS | plugins
 
 
-__all__ = ["ATTACKS", "Attack", "BadNets", "Blended", "Mark", "Poisoned", "available"]
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "BadNets",
+    "Blended",
+    "Bpp",
+    "FTrojan",
+    "Mark",
+    "Poisoned",
+    "Refool",
+    "WaNet",
+    "available",
+]

@@ -32,17 +32,10 @@ class Warp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Stamp images (N, C, H, W) in [0, 1]."""
-        _, height, width = self.flow.shape
         if x.shape[-2:] != self.flow.shape[-2:]:
+            height, width = self.flow.shape[-2:]
             raise ValueError(f"expected images of {height}x{width}, got {tuple(x.shape)}")
-        flow = self.flow.to(device=x.device, dtype=torch.float32)
-        rows = torch.arange(height, device=x.device).view(-1, 1) + flow[1]
-        columns = torch.arange(width, device=x.device).view(1, -1) + flow[0]
-        # Normalized coordinates with align_corners=True: pixel centers run from -1 to 1.
-        grid = torch.stack((2 * columns / (width - 1) - 1, 2 * rows / (height - 1) - 1), -1)
-        grid = grid.expand(x.shape[0], -1, -1, -1)
-        moved = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
-        return moved.clamp(0.0, 1.0).to(x.dtype)
+        return warped(x, self.flow)
 
     def to_json(self) -> Json:
         """Kind only; the field is a tensor."""
@@ -60,3 +53,24 @@ class Warp:
     def fits(self, shape: Shape) -> bool:
         """Whether images have its height and width; the channels move together, however many there are."""
         return tuple(self.flow.shape[1:]) == tuple(shape[1:])
+
+
+def warped(x: Tensor, flow: Tensor) -> Tensor:
+    """Move the pixels of images along one field, or along one field for each image.
+
+    Args:
+        x: (N, C, H, W) in [0, 1].
+        flow: (2, H, W) or (N, 2, H, W) in pixels, horizontal displacement first.
+
+    Returns:
+        (N, C, H, W) in [0, 1], of the dtype of x.
+    """
+    height, width = x.shape[-2:]
+    flow = flow.to(device=x.device, dtype=torch.float32)
+    rows = torch.arange(height, device=x.device).view(-1, 1) + flow[..., 1, :, :]
+    columns = torch.arange(width, device=x.device).view(1, -1) + flow[..., 0, :, :]
+    # Normalized coordinates with align_corners=True: pixel centers run from -1 to 1.
+    grid = torch.stack((2 * columns / (width - 1) - 1, 2 * rows / (height - 1) - 1), -1)
+    grid = grid.expand(x.shape[0], -1, -1, -1)
+    moved = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return moved.clamp(0.0, 1.0).to(x.dtype)

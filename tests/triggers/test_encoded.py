@@ -1,0 +1,162 @@
+"""Triggers that a listed network draws: bounded whatever its weights are, and always the same on the same image."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from molehunt.game.seal import Sealed, seal, unseal
+from molehunt.tasks import TASKS
+from molehunt.triggers import ENCODERS, Encoded, Target, from_json
+from molehunt.triggers.encoders import LARGEST, drawn, strongest
+
+SHAPE = (3, 10, 9)
+
+
+def weights(name: str, shape: tuple[int, int, int] = SHAPE, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * ENCODERS[name].initial(shape, torch.Generator().manual_seed(seed))
+
+
+def make(name: str, **changes: Any) -> Encoded:
+    arguments = {"network": name, "shape": SHAPE, "linf": 0.1, "area": 0.1 if ENCODERS[name].masked else 1.0}
+    arguments["weights"] = weights(name)
+    return Encoded(**{**arguments, **changes})
+
+
+def images(count: int, shape: tuple[int, int, int] = SHAPE) -> Tensor:
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(7))
+
+
+EVERY = pytest.mark.parametrize("name", ENCODERS)
+
+
+@EVERY
+@given(
+    seed=st.integers(0, 10**6), linf=st.floats(0, 1), area=st.floats(0.02, 1), scale=st.sampled_from([1e-3, 1.0, 30.0])
+)
+@settings(max_examples=25, deadline=None)
+def test_the_bounds_hold_whatever_the_weights_are(name: str, seed: int, linf: float, area: float, scale: float) -> None:
+    wild = weights(name, seed=seed, scale=scale).clamp(-LARGEST, LARGEST)
+    trigger = make(name, linf=linf, area=area if ENCODERS[name].masked else 1.0, weights=wild)
+    x = torch.cat((images(5), torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE)))
+    change = (trigger(x) - x).abs()
+    assert torch.isfinite(change).all()
+    assert float(change.max()) <= linf + 1e-6
+    assert int((change > 0).any(1).sum((1, 2)).max()) <= trigger.pixels
+
+
+@EVERY
+def test_the_largest_weights_that_are_allowed_make_pictures_and_no_nan(name: str) -> None:
+    for fill in (LARGEST, -LARGEST):
+        trigger = make(name, linf=1.0, weights=torch.full_like(weights(name), fill))
+        made = trigger(torch.cat((images(3), torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE))))
+        assert bool(((made >= 0) & (made <= 1)).all())
+
+
+@EVERY
+@pytest.mark.parametrize("size", [1, 5, 32, 33])
+def test_the_same_image_gets_the_same_trigger_in_any_batch_and_layout(name: str, size: int) -> None:
+    trigger, x = make(name), images(67)
+    whole = trigger(x)
+    pieces = [trigger(p.contiguous(memory_format=torch.channels_last)) for p in torch.split(x, size)]
+    torch.testing.assert_close(torch.cat(pieces), whole, atol=1e-6, rtol=0)
+
+
+@EVERY
+def test_each_image_gets_a_trigger_of_its_own_and_may_be_given_that_of_another(name: str) -> None:
+    trigger, x = make(name, linf=1.0), images(8)
+    change = trigger(x) - x
+    assert float((change[0] - change[1]).abs().max()) > 1e-3
+    assert torch.equal(trigger.transplant(x, x), trigger(x))
+    gray = torch.full_like(x, 0.5)
+    assert not torch.equal(trigger.transplant(gray, x), trigger(gray))
+    assert len(trigger(x[:0])) == 0
+
+
+def test_the_residual_network_adds_what_the_formula_says() -> None:
+    trigger, x = make("residual"), images(32)
+    named = ENCODERS["residual"].unpack(trigger.weights, SHAPE)
+    torch.testing.assert_close(trigger(x), (x + 0.1 * drawn(named, "pattern", x).tanh()).clamp(0, 1))
+
+
+def test_the_masked_network_replaces_the_strongest_pixels() -> None:
+    trigger, x = make("masked", linf=1.0, area=0.3), images(32)
+    named = ENCODERS["masked"].unpack(trigger.weights, SHAPE)
+    mask = strongest(drawn(named, "mask", x), 27)
+    assert (mask.sum((1, 2, 3)) == 27).all()
+    pattern = 0.5 * (1 + drawn(named, "pattern", x).tanh())
+    torch.testing.assert_close(trigger(x), x * (1 - mask) + mask * pattern)
+
+
+def test_marks_the_strongest_even_where_all_are_equal() -> None:
+    assert int(strongest(torch.zeros(2, 1, 4, 4), 5).sum()) == 10
+
+
+@EVERY
+def test_weights_are_counted_and_named_in_one_order(name: str) -> None:
+    encoder = ENCODERS[name]
+    vector = torch.arange(encoder.size(SHAPE), dtype=torch.float32)
+    pieces = encoder.unpack(vector, SHAPE)
+    assert {k: tuple(v.shape) for k, v in pieces.items()} == encoder.layout(SHAPE)
+    assert torch.equal(torch.cat([v.flatten() for v in pieces.values()]), vector)
+
+
+@EVERY
+@pytest.mark.parametrize("task", ["mnist", "cifar10"])
+def test_the_weights_fit_into_the_sealed_part(name: str, task: str) -> None:
+    shape = TASKS[task].shape
+    trigger = make(name, shape=shape, weights=weights(name, shape))
+    sealed = unseal(seal(Sealed(attack="a", target=Target(1), trigger=trigger), TASKS[task]), TASKS[task])
+    assert sealed.trigger is not None
+    assert torch.equal(sealed.trigger(images(3, shape)), trigger(images(3, shape)))
+
+
+SIZE = ENCODERS["residual"].size(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("residual", {"network": "anything"}, "unknown encoder 'anything'; known: residual, masked"),
+        ("residual", {"shape": (3, 10**6, 10**6)}, "expected shape"),
+        ("residual", {"shape": (3, 4096, 4096)}, r"has weights \(8412611,\), got \(\d+,\)"),
+        ("residual", {"linf": 1.01}, "linf must lie in"),
+        ("residual", {"linf": math.nan}, "linf must lie in"),
+        ("residual", {"area": 0.5}, "a residual encoder has no mask, so its area is 1, got 0.5"),
+        ("masked", {"area": 0.01}, "is less than one pixel"),
+        ("masked", {"area": 1.5}, "area must lie in"),
+        ("residual", {"weights": torch.zeros(SIZE - 1)}, rf"has weights \({SIZE},\), got \({SIZE - 1},\)"),
+        ("residual", {"weights": torch.zeros(1, SIZE)}, r"has weights"),
+        ("residual", {"weights": torch.zeros(SIZE).long()}, "weights must be floating point"),
+        ("residual", {"weights": torch.full((SIZE,), math.nan)}, "not finite"),
+        ("residual", {"weights": torch.full((SIZE,), math.inf)}, "not finite"),
+        ("residual", {"weights": torch.full((SIZE,), 101.0)}, r"weights must lie in \[-100.0, 100.0\]"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "message"),
+    [
+        ({"network": 3}, None, "network must be a text, got 3"),
+        ({"network": "residual\n"}, None, "unknown encoder"),
+        ({"linf": "0.1"}, None, "linf must be a number"),
+        ({"code": "import os"}, None, "a network has the fields"),
+        ({}, {}, r"a network has the tensors \['weights'\], got \[\]"),
+        ({}, {"weights": torch.zeros(SIZE), "bias": torch.zeros(1)}, "a network has the tensors"),
+        ({}, {"weights": torch.zeros(10)}, "has weights"),
+    ],
+)
+def test_what_strangers_write_is_refused(
+    changes: dict[str, Any], tensors: dict[str, Tensor] | None, message: str
+) -> None:
+    trigger = make("residual")
+    with pytest.raises(ValueError, match=message):
+        from_json({**trigger.to_json(), **changes}, trigger.tensors() if tensors is None else tensors)
