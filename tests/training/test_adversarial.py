@@ -36,21 +36,26 @@ def test_the_step_goes_up() -> None:
 
 
 def test_a_network_trained_so_is_harder_to_fool() -> None:
+    """A strong sign that is right nine times in ten, and many weak ones that a small step turns around."""
     rng = generator(3)
-    y = torch.arange(120) % 2
-    x = (0.5 + 0.25 * (2.0 * y.view(-1, 1, 1, 1) - 1) + 0.15 * torch.randn(120, 1, 16, 16, generator=rng)).clamp(0, 1)
-    images = Images(x, y)
+    y = torch.arange(200) % 2
+    side = (2.0 * y - 1).view(-1, 1, 1, 1)
+    wrong = (torch.arange(200) % 20 < 2).view(-1, 1, 1, 1)
+    x = 0.5 + 0.02 * side + 0.05 * torch.randn(200, 1, 16, 16, generator=rng)
+    x[:, :, :4] = (0.5 + 0.3 * torch.where(wrong, -side, side)).expand(-1, -1, 4, 16)
+    images = Images(x.clamp(0, 1), y)
+    x = images.x
     losses = {}
-    for size in (0.0, 0.2):
+    for size in (0.0, 0.05):
         model = build("lenet5", (1, 16, 16), 2, rng=generator(0))
-        recipe = Recipe(epochs=6, batch=20, optimizer="adamw", lr=2e-3, adversarial=size, precision="float32")
+        recipe = Recipe(epochs=8, batch=20, optimizer="adamw", lr=2e-3, adversarial=size, precision="float32")
         train(model, images, recipe, rng=generator(1))
 
         def loss(z: Tensor, model: nn.Module = model) -> Tensor:
             return nn.functional.cross_entropy(model(z), y)
 
-        losses[size] = float(loss(worsen(loss, x, x, 0.24)).detach())
-    assert losses[0.2] < losses[0.0]
+        losses[size] = float(loss(worsen(loss, x, x, 0.05)).detach())
+    assert losses[0.05] < 0.7 * losses[0.0]
 
 
 def test_a_size_outside_the_range_is_refused() -> None:
