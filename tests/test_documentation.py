@@ -202,4 +202,23 @@ def test_the_figures_of_neural_cleanse_on_reference_models_are_those_that_were_m
         assert not rates or f"{min(rates):.2f} to {max(rates):.2f}" in (ROOT / page).read_text()
 
 
+def test_the_figures_of_neural_cleanse_on_cifar_are_those_that_were_measured() -> None:
+    path = ROOT / "benchmarks/results/neural_cleanse.jsonl"
+    models = [row for line in path.read_text().splitlines() if "backdoored" in (row := json.loads(line))]
+    bad, good = ([m for m in models if m["backdoored"] is kind] for kind in (True, False))
+    rows = {row[0]: row for row in table("docs/reference/defenses/neural_cleanse.md", "Figures")}
+    hits = sum(m["guess"] == m["trigger"]["target"] for m in bad)
+    assert rows["correct target, CIFAR-10"][2] == f"{hits} of {len(bad)}"
+    rates = [m["asr"] for m in bad]
+    assert rows["correct target, CIFAR-10"][5] == f"ASR {min(rates):.3f} to {max(rates):.3f}"
+    for title, found, field, digits in (
+        ("score of these ten", bad, "score", 2),
+        ("score of clean models, CIFAR-10", good, "score", 2),
+        ("seconds, ten classes, CIFAR-10", models, "seconds", 1),
+    ):
+        values = [m[field] for m in found]
+        assert rows[title][2] == f"{statistics.median(values):.{digits}f} (median)"
+        assert rows[title][5] == f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"
