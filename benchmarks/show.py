@@ -1,11 +1,19 @@
 """Print every figure of benchmarks/results/*.json as one table; missed goals are marked."""
 
 import json
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from record import RESULTS, Figure
+
+
+def spread(value: Any) -> str:
+    """Write a spread as people do: smallest to largest, or the sentence that it is."""
+    if isinstance(value, dict) and {"min", "max"} <= value.keys():
+        return f"{value['min']:.4g} to {value['max']:.4g}"
+    return "" if value is None else str(value)
 
 
 def main() -> None:
@@ -18,12 +26,12 @@ def main() -> None:
         gpu = f", {host['gpu']}" if host.get("gpu") else ""
         title = f"{path.stem} · {host['processor']}, {host['cores']} cores{gpu} · torch {document['versions']['torch']}"
         table = Table(title=title, title_justify="left")
-        for column in ("figure", "value", "unit", "goal", "", "spread", "command"):
+        for column in ("figure", "value", "unit", "goal", "", "spread", "python benchmarks/"):
             table.add_column(column, overflow="fold")
         for key, entry in document["figures"].items():
             figure = Figure(
                 value=entry.get("value"),
-                unit=entry["unit"],
+                unit=entry.get("unit", ""),
                 goal=entry.get("goal"),
                 better=entry["better"],
             )
@@ -38,8 +46,8 @@ def main() -> None:
                 figure.unit,
                 "" if figure.goal is None else f"{sign} {figure.goal:g}",
                 mark,
-                "" if entry.get("spread") is None else str(entry["spread"]),
-                entry.get("command", ""),
+                spread(entry.get("spread")),
+                entry.get("command", "").removeprefix("python benchmarks/"),
             )
         console.print(table)
     console.print(f"{missed} goals missed" if missed else "no goal missed")
