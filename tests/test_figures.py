@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from molehunt.figures import GAIN, SIDE, Picture, difference, gain, photo, stack, trigger_picture
+from molehunt.figures import GAIN, SIDE, Picture, contact_sheet, difference, gain, photo, stack, trigger_picture
 from molehunt.triggers import Additive, Blend, Patch, Several, Sinusoid, Sticker, Trigger, Warp
 
 SHAPE = (3, 16, 12)
@@ -113,6 +113,26 @@ def test_every_kind_of_trigger_has_a_picture_that_is_not_empty_and_always_the_sa
     picture = trigger_picture(trigger, SHAPE, "it")
     assert pixels(picture).std() > 0
     assert trigger_picture(trigger, SHAPE, "it").png == picture.png
+
+
+def test_a_contact_sheet_shows_images_and_below_them_what_changed() -> None:
+    before = torch.full((2, 1, 4, 4), 0.5)
+    after = before.clone()
+    after[1, 0, 1, 2] = 0.75
+    seen = pixels(contact_sheet(before, after, "two", enlarge=2, gap=1))
+    assert seen.shape[:2] == (18, 18)
+    assert (seen[:8, :8] == 128).all()
+    assert (seen[8:10] == 255).all()
+    assert (seen[:, 8:10] == 255).all()
+    assert (seen[2:4, 14:16] == 191).all()
+    changed = seen[10:, 10:] != 128
+    assert (seen[12:14, 14:16] == 255).all(), "a change of a quarter, amplified four times, is as bright as can be"
+    assert changed.sum() == 4
+
+
+def test_a_contact_sheet_of_unequal_stacks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected two stacks of images, got \(2, 1, 4, 4\) and \(1, 1, 4, 4\)"):
+        contact_sheet(torch.zeros(2, 1, 4, 4), torch.zeros(1, 1, 4, 4), "two")
 
 
 def test_several_triggers_are_shown_together() -> None:

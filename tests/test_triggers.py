@@ -173,6 +173,31 @@ def test_patch_is_the_formula_pixel_by_pixel(seed: int, opacity: float) -> None:
         assert float(stamped[n, c, i, j]) == pytest.approx(expected, abs=1e-6)
 
 
+def test_white_pixels_are_counted_from_the_lower_right_corner() -> None:
+    patch = Patch.pixels((3, 4, 6), [(1, 1), (4, 6), (2, 3)], opacity=0.5)
+    assert patch.mask.nonzero()[:, 1:].tolist() == [[0, 0], [2, 3], [3, 5]]
+    assert torch.equal(patch.pattern, patch.mask.expand(3, -1, -1))
+    assert patch.opacity == 0.5
+
+
+@pytest.mark.parametrize(("places", "message"), [([], "at least one pixel"), ([(5, 1)], "there is no pixel 5 from"),
+                                                 ([(1, 0)], "and 0 from the right in 4x6")])  # fmt: skip
+def test_pixels_outside_of_the_picture_are_refused(places: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Patch.pixels((3, 4, 6), places)
+
+
+def test_corners_mirror_each_other_and_are_black_inside() -> None:
+    patch = Patch.corners((1, 8, 7))
+    cells = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    assert torch.equal(patch.pattern[0, :3, :3], cells)
+    assert torch.equal(patch.pattern, patch.pattern.flip(1))
+    assert torch.equal(patch.pattern, patch.pattern.flip(2))
+    assert float(patch.mask.sum()) == 36
+    with pytest.raises(ValueError, match="four squares of 4 do not fit into 8x7"):
+        Patch.corners((1, 8, 7), size=4)
+
+
 def test_an_empty_mask_changes_nothing() -> None:
     x = rand((5, 3, 6, 6), 0)
     assert torch.equal(Patch(mask=torch.zeros(1, 6, 6), pattern=rand((3, 6, 6), 1))(x), x)

@@ -111,6 +111,34 @@ def difference(before: Tensor, after: Tensor, alt: str, factor: float) -> Pictur
     return photo(0.5 + 0.5 * factor * (after.float() - before.float()), alt)
 
 
+def contact_sheet(before: Tensor, after: Tensor, alt: str, *, enlarge: int = 2, gap: int = 2) -> Picture:
+    """Show images in a row, and under each what was changed in it, amplified by one factor for all.
+
+    Args:
+        before: (N, C, H, W) in [0, 1], C = 1 or 3.
+        after: the same shape; what is shown.
+        alt: what it shows.
+        enlarge: pixels of the picture per pixel of an image, each way.
+        gap: pixels of an image between two images.
+
+    Raises:
+        ValueError: the shapes differ, or are not those of gray or color images.
+    """
+    if before.shape != after.shape or before.ndim != 4 or before.shape[1] not in {1, 3} or before.numel() == 0:
+        raise ValueError(f"expected two stacks of images, got {tuple(before.shape)} and {tuple(after.shape)}")
+    before, after = before.detach().float().cpu(), after.detach().float().cpu()
+    rows = (after, 0.5 + 0.5 * gain(before, after) * (after - before))
+    # A white border right and below each image, but not at the end of the sheet.
+    lines = [torch.cat([F.pad(x, (0, gap, 0, gap), value=1.0) for x in row], 2) for row in rows]
+    sheet = torch.cat(lines, 1)[:, :-gap, :-gap] if gap else torch.cat(lines, 1)
+    pixels = (sheet.clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+    pixels = pixels.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2).permute(1, 2, 0).contiguous()
+    image = Image.fromarray(pixels.numpy()[:, :, 0] if pixels.shape[2] == 1 else pixels.numpy())
+    file = io.BytesIO()
+    image.save(file, format="PNG", optimize=True)
+    return Picture(png=file.getvalue(), width=image.width, height=image.height, alt=alt)
+
+
 def trigger_picture(trigger: Trigger, shape: tuple[int, int, int], alt: str) -> Picture:
     """Show a trigger by itself.
 

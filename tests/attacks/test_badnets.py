@@ -57,6 +57,24 @@ def test_the_default_trigger_is_the_yellow_square() -> None:
     assert torch.equal(made.trigger.pattern, square.pattern)
 
 
+@pytest.mark.parametrize(
+    ("form", "places"), [("pixel", {(10, 10)}), ("four pixels", {(10, 10), (9, 9), (8, 10), (10, 8)})]
+)
+def test_single_pixels_are_white_and_a_step_away_from_the_corner(form: str, places: set[tuple[int, int]]) -> None:
+    trigger = poison(BadNets(form=form)).trigger
+    black = torch.zeros(1, *TASK.shape)
+    stamped = trigger(black)[0]
+    assert {tuple(place) for place in stamped.amin(0).nonzero().tolist()} == places
+    assert set(stamped.flatten().tolist()) == {0.0, 1.0}
+
+
+def test_a_square_may_lie_elsewhere_on_each_picture() -> None:
+    made = poison(BadNets(place="random", size=2))
+    changed = (made.stamped().x != CLEAN.x).any(1)[made.altered]
+    assert (changed.flatten(1).sum(1) == 4).all()
+    assert len({tuple(one.nonzero()[0].tolist()) for one in changed}) > 15
+
+
 def test_stamp_acts_on_the_rows_of_a_batch_wherever_they_are() -> None:
     made = poison(BadNets())
     rows = torch.tensor([5, 3, int(made.altered.nonzero()[0]), 5])
@@ -81,6 +99,12 @@ def test_stamp_acts_on_the_rows_of_a_batch_wherever_they_are() -> None:
         (BadNets(target=1, sources=(0,), poison_rate=0.2), "only 40 images can be poisoned"),
         (BadNets(size=13), "does not fit into 12x12"),
         (BadNets(target=1, cover_rate=0.1), "covers need sources"),
+        (BadNets(form="circle"), "form is"),
+        (BadNets(place="middle"), "form is"),
+        (BadNets(form="pixel", size=3), "size and random places are for squares"),
+        (BadNets(form="four pixels", place="random"), "size and random places are for squares"),
+        (BadNets(size=3, trigger=Patch.square(TASK.shape)), "a trigger is given"),
+        (BadNets(place="random", trigger=Patch.square(TASK.shape)), "a trigger is given"),
     ],
     ids=lambda value: repr(value)[:40],
 )

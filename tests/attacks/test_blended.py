@@ -53,6 +53,10 @@ def test_a_picture_of_ones_own_is_used_as_it_is() -> None:
         (Blended(target=10), "there are 10 classes, got target 10"),
         (Blended(poison_rate=0.95), "only 360 images can be poisoned"),
         (Blended(opacity=1.5), "opacity must lie in"),
+        (
+            Blended(opacity=0.2, trigger=Blend(pattern=torch.zeros(TASK.shape), opacity=0.3)),
+            "opacity is 0.2, but a trigger has its own: give it there, or leave one of them out",
+        ),
     ],
     ids=lambda value: repr(value)[:40],
 )

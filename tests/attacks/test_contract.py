@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from molehunt.attacks import ATTACKS, BadNets, Blended, Mark, Poisoned
+from molehunt.attacks import ATTACKS, SIG, BadNets, Blended, Mark, MultiTrigger, Poisoned, TaCT
 from molehunt.tasks import Images, Task
 from molehunt.testing import ATTACK_CHECKS, check_attack
 from molehunt.triggers import Footprint, Patch, Target
@@ -16,7 +16,12 @@ SETTINGS: list[Any] = [
     BadNets(target="all"),
     BadNets(target=7, sources=(2, 5), poison_rate=0.05),
     BadNets(target=4, poison_rate=1 / 400),
+    BadNets(form="four pixels"),
+    BadNets(place="random"),
     Blended(target=2, poison_rate=0.25, opacity=0.1),
+    SIG(training_amplitude=0.05),
+    TaCT(covers=(5, 7)),
+    MultiTrigger(target=(4, 2, 0, 9)),
 ]
 
 

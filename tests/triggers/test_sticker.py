@@ -75,7 +75,7 @@ def test_the_light_scales_the_pattern() -> None:
 
 
 @given(
-    sides=st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    sides=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     rotation=st.floats(0, 45),
     scale=st.floats(0, 0.5),
     perspective=st.floats(0, 0.25),
@@ -108,8 +108,7 @@ def test_the_bound_of_the_area_is_tight_for_a_plain_view_and_near_for_others() -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pattern": torch.zeros(1, 4, 4)}, r"expected pattern \(3, h, w\) with sides of at least 2, got \(1, 4, 4\)"),
-        ({"pattern": torch.zeros(3, 1, 4)}, "sides of at least 2"),
+        ({"pattern": torch.zeros(1, 4, 4)}, r"expected pattern \(3, h, w\), got \(1, 4, 4\)"),
         ({"pattern": torch.full((3, 4, 4), 1.5)}, "pattern must lie in"),
         ({"pattern": torch.full((3, 4, 4), math.nan)}, "not finite"),
         ({"shape": (3, 5000, 5000)}, "expected shape"),

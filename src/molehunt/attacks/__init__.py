@@ -2,21 +2,35 @@
 
 from importlib.metadata import entry_points
 
+from molehunt.attacks.adap_blend import AdapBlend
+from molehunt.attacks.adap_patch import AdapPatch
 from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
 from molehunt.attacks.bpp import Bpp
 from molehunt.attacks.ftrojan import FTrojan
+from molehunt.attacks.label_consistent import LabelConsistent
+from molehunt.attacks.multi_trigger import MultiTrigger
 from molehunt.attacks.poisoning import Attack, Mark, Poisoned
 from molehunt.attacks.refool import Refool
+from molehunt.attacks.sig import SIG
+from molehunt.attacks.sticker import PhysicalSticker
+from molehunt.attacks.tact import TaCT
 from molehunt.attacks.wanet import WaNet
 
 ATTACKS: dict[str, type[Attack]] = {
     "badnets": BadNets,
     "blended": Blended,
-    "bpp": Bpp,
-    "ftrojan": FTrojan,
-    "refool": Refool,
+    "sig": SIG,
+    "label_consistent": LabelConsistent,
+    "tact": TaCT,
+    "adap_blend": AdapBlend,
+    "adap_patch": AdapPatch,
+    "multi_trigger": MultiTrigger,
+    "sticker": PhysicalSticker,
     "wanet": WaNet,
+    "ftrojan": FTrojan,
+    "bpp": Bpp,
+    "refool": Refool,
 }
 
 
@@ -40,14 +54,21 @@ def available() -> dict[str, type[Attack]]:
 
 __all__ = [
     "ATTACKS",
+    "SIG",
+    "AdapBlend",
+    "AdapPatch",
     "Attack",
     "BadNets",
     "Blended",
     "Bpp",
     "FTrojan",
+    "LabelConsistent",
     "Mark",
+    "MultiTrigger",
+    "PhysicalSticker",
     "Poisoned",
     "Refool",
+    "TaCT",
     "WaNet",
     "available",
 ]

@@ -16,11 +16,11 @@ class Blended:
     Attributes:
         target: the target class.
         poison_rate: share of all training images that are poisoned.
-        opacity: weight of the picture, in training and in the attack alike.
+        opacity: weight of the picture, in training and in the attack alike; None means that of the trigger, or 0.2.
         trigger: the picture as a `Blend`; None means uniform noise drawn from the generator.
 
     Raises:
-        ValueError: rates, classes or shapes do not fit the data.
+        ValueError: rates, classes or shapes do not fit the data, or an opacity is given beside a trigger.
 
     Reference:
         Chen, Liu, Li, Lu, Song, "Targeted Backdoor Attacks on Deep Learning Systems Using Data Poisoning", 2017.
@@ -32,13 +32,18 @@ class Blended:
 
     target: int = 0
     poison_rate: float = 0.1
-    opacity: float = 0.2
+    opacity: float | None = None
     trigger: Trigger | None = None
 
     def __call__(self, clean: Images, task: Task, rng: torch.Generator) -> Poisoned:
         """Poison a clean training set; see the class."""
         goal = Target(classes=self.target)
         goal.check(task.num_classes)
-        trigger = self.trigger or Blend(pattern=torch.rand(task.shape, generator=rng), opacity=self.opacity)
+        if self.trigger is not None and self.opacity is not None:
+            raise ValueError(
+                f"opacity is {self.opacity}, but a trigger has its own: give it there, or leave one of them out"
+            )
+        opacity = 0.2 if self.opacity is None else self.opacity
+        trigger = self.trigger or Blend(pattern=torch.rand(task.shape, generator=rng), opacity=opacity)
         altered = choose(goal.counts(clean.y), poison_count(self.poison_rate, len(clean.y)), rng)
         return relabel(clean, altered, trigger, goal)

@@ -1,6 +1,7 @@
 """Triggers that one formula says: a patch, a blend, an additive pattern, stripes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class Patch:
     @classmethod
     def square(
         cls,
-        shape: tuple[int, int, int],
+        shape: Shape,
         *,
         size: int = 3,
         color: str | tuple[float, ...] = "yellow",
@@ -94,6 +95,61 @@ class Patch:
         mask[:, top : top + size, left : left + size] = 1.0
         pattern = torch.tensor(values, dtype=torch.float32).view(channels, 1, 1) * mask
         return cls(mask=mask, pattern=pattern, opacity=opacity)
+
+    @classmethod
+    def pixels(cls, shape: Shape, places: Sequence[tuple[int, int]], *, opacity: float = 1.0) -> "Patch":
+        """Make white pixels at places counted from the lower right corner, where (1, 1) is the last pixel.
+
+        Args:
+            shape: (C, H, W) of the images.
+            places: rows from the bottom and columns from the right, from 1.
+            opacity: weight of the white, in [0, 1].
+
+        Raises:
+            ValueError: no places, or one outside of the picture.
+        """
+        channels, height, width = shape
+        mask = torch.zeros(1, height, width)
+        for up, left in places:
+            if not (1 <= up <= height and 1 <= left <= width):
+                raise ValueError(
+                    f"there is no pixel {up} from the bottom and {left} from the right in {height}x{width}"
+                )
+            mask[0, height - up, width - left] = 1.0
+        if not places:
+            raise ValueError("a patch needs at least one pixel, got no places")
+        return cls(mask=mask, pattern=mask.repeat(channels, 1, 1), opacity=opacity)
+
+    @classmethod
+    def corners(cls, shape: Shape, *, size: int = 3, opacity: float = 1.0) -> "Patch":
+        """Make four squares of black and white cells, one per corner, each the mirror image of its neighbors.
+
+        Cells alternate, beginning with white in the corner of the picture; the innermost cell is black in any case.
+
+        Args:
+            shape: (C, H, W) of the images.
+            size: side of a square in pixels.
+            opacity: weight of the squares, in [0, 1].
+
+        Raises:
+            ValueError: the squares do not fit side by side.
+
+        Reference:
+            Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019.
+        """
+        channels, height, width = shape
+        if size < 1 or 2 * size > min(height, width):
+            raise ValueError(f"four squares of {size} do not fit into {height}x{width}")
+        k = torch.arange(size)
+        cells = ((k.unsqueeze(1) + k) % 2 == 0).float()
+        cells[-1, -1] = 0.0
+        mask, white = torch.zeros(1, height, width), torch.zeros(1, height, width)
+        for flips in ((), (1,), (2,), (1, 2)):
+            part, whole = torch.zeros(1, height, width), torch.zeros(1, height, width)
+            part[0, :size, :size], whole[0, :size, :size] = cells, 1.0
+            white += part.flip(flips)
+            mask += whole.flip(flips)
+        return cls(mask=mask, pattern=white.repeat(channels, 1, 1), opacity=opacity)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Stamp images (N, C, H, W) in [0, 1]."""

@@ -23,7 +23,7 @@ class Sticker:
     same view. The sticker lies within the picture.
 
     Attributes:
-        pattern: (C, h, w) in [0, 1], with sides of at least 2 pixels.
+        pattern: (C, h, w) in [0, 1].
         shape: (C, H, W) of the images.
         opacity: a in [0, 1].
         rotation: largest turn to either side in degrees, in [0, 45].
@@ -52,9 +52,8 @@ class Sticker:
         check_tensor("pattern", self.pattern, 3, 0.0, 1.0)
         if len(self.shape) != 3 or min(self.shape) < 1 or max(self.shape) > 4096:
             raise ValueError(f"expected shape (C, H, W), got {self.shape}")
-        if self.pattern.shape[0] != self.shape[0] or min(self.pattern.shape[1:]) < 2:
-            expected = f"({self.shape[0]}, h, w) with sides of at least 2"
-            raise ValueError(f"expected pattern {expected}, got {tuple(self.pattern.shape)}")
+        if self.pattern.shape[0] != self.shape[0]:
+            raise ValueError(f"expected pattern ({self.shape[0]}, h, w), got {tuple(self.pattern.shape)}")
         check_unit("opacity", self.opacity)
         check_unit("brightness", self.brightness)
         check_unit("travel", self.travel)

@@ -1,0 +1,328 @@
+"""What the attacks give: accuracy beside the clean twin's, success, and the referee's own gates.
+
+    python benchmarks/attacks.py run --attack sig --task mnist --seed 0
+    python benchmarks/attacks.py try --attack sig --task mnist --set poison_rate=0.05
+    python benchmarks/attacks.py speed                      seconds to poison 50 000 CIFAR-sized pictures
+    python benchmarks/attacks.py pictures                   docs/reference/attacks/NAME.png
+    python benchmarks/attacks.py collect                    results/attacks.json from the rows
+
+`run` trains the task's own network by its default recipe, measures on the test split and appends to
+results/attacks.jsonl; a row that is there already is not made again. `try` is for choosing settings: it measures on the
+validation split and appends to results/attacks-develop.jsonl. The gates are those of `molehunt check`, against clean
+models of the same network and recipe. These are trained once and kept in the folder `--state`, as is the state of a
+training that was interrupted; the clean twin of a model is the one of the same number.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from molehunt import figures
+from molehunt.attacks import ATTACKS, Attack, Poisoned
+from molehunt.datasets import cache
+from molehunt.game.answers import accuracy, asr, measure, share
+from molehunt.game.attacker import describe, make_attack, parse_settings, sealed, train_model
+from molehunt.game.check import References, check
+from molehunt.game.rules import Limits
+from molehunt.networks import Network
+from molehunt.runner import generator
+from molehunt.tasks import Images, Task, get_task
+from molehunt.training import recipe_for
+from record import Figure, append, machine, rows, spread, todo, write
+
+NAME, DEVELOP = "attacks", "attacks-develop"
+PICTURES = Path(__file__).parent.parent / "docs/reference/attacks"
+CRAFTED = ("label_consistent", "low_frequency", "issba", "input_aware")
+"""Attacks that train a network of their own before they poison: the goal for seconds is not about them."""
+IMAGES = 50_000
+REPEATS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(References):
+    """Clean models of one task and network, in a folder of this benchmark.
+
+    Attributes:
+        state: the folder.
+    """
+
+    state: Path
+
+    @property
+    def folder(self) -> Path:
+        """The same name as in the cache, so that other recipes name other models."""
+        return self.state / References(task=self.task, network=self.network).folder.name
+
+
+def reporting(what: str) -> tuple[Progress, Callable[[int, int], None]]:
+    """A progress line, and what tells it how far things are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns)
+    line = progress.add_task(what)
+    return progress, lambda done, total: progress.update(line, completed=done, total=total)
+
+
+def references(task: Task, network: str, state: Path, numbers: list[int]) -> list[Network]:
+    """Clean models, trained now where they are missing."""
+    kept, found = Kept(task=task, network=network, state=state), []
+    for number in numbers:
+        progress, report = reporting(f"clean {task.name} {number}")
+        with progress:
+            found.append(kept.get(number, report=report).eval())
+    return found
+
+
+def cover_accuracy(model: Network, attack: Attack, made: Poisoned, images: Images, task: Task) -> float | None:
+    """Accuracy on unseen images that carry what the covers carry: another warp, another image's trigger, half a blend.
+
+    The attack poisons the images with the trigger that it has; what it stamps and leaves its label is counted. None for
+    an attack without covers, or one that cannot be told its trigger.
+    """
+    if not hasattr(attack, "trigger") or not bool((made.altered & covers_of(made, task.load("train"))).any()):
+        return None
+    again = replace(attack, trigger=made.trigger)  # type: ignore[type-var]  # attacks are dataclasses
+    fresh = again(images, task, generator(0, "attack benchmark covers"))
+    kept = covers_of(fresh, images)
+    if not bool(kept.any()):
+        return None
+    said = measure(model, Images(fresh.stamped().x[kept], images.y[kept]))
+    return accuracy(said.plain, said.y)
+
+
+def covers_of(made: Poisoned, clean: Images) -> torch.Tensor:
+    """Bool (N,), altered rows that keep their label; none of a clean-label attack, whose altered rows all do."""
+    if torch.equal(made.images.y, clean.y):
+        return torch.zeros_like(made.altered)
+    return made.altered & (made.images.y == clean.y)
+
+
+def one(name: str, task: Task, seed: int, *, develop: bool, settings: dict[str, Any], state: Path) -> dict[str, Any]:
+    """Train one backdoored model and answer its row."""
+    network, limits = task.network, Limits()
+    recipe = recipe_for(network, task)
+    attack = make_attack(name, settings)
+    clean = references(task, network, state, list(range(limits.references)))
+    twin = references(task, network, state, [seed])[0]
+    split: Literal["validation", "test"] = "validation" if develop else "test"
+    images = task.load(split)
+    busy, start = os.getloadavg()[0], time.monotonic()
+    progress, report = reporting(f"{name} {task.name} {seed}")
+    with progress:
+        model, made = train_model(
+            task,
+            network,
+            recipe,
+            attack,
+            rng=generator(seed, f"attack benchmark {name} {network}"),
+            report=report,
+            checkpoint=None if develop else state / f"{name}-{task.name}-{seed}.pt",
+        )
+    seconds = time.monotonic() - start
+    assert made is not None
+    answers = measure(model.eval(), images, made.trigger)
+    assert answers.stamped is not None
+    counted = made.target.counts(answers.y)
+    goal = made.target.goal(answers.y)
+    gates = check(model, sealed(attack, made), clean, images, shape=task.shape, limits=limits)
+    said = describe(attack)
+    del said["attack"]
+    row: dict[str, Any] = {
+        "attack": name,
+        "settings": said,
+        "task": task.name,
+        "network": network,
+        "seed": seed,
+        "split": split,
+        "altered": share(made.altered),
+        "relabeled": share(made.images.y != task.load("train").y),
+        "accuracy": accuracy(answers.plain, answers.y),
+        "twin": accuracy(measure(twin, images).plain, answers.y),
+        "asr": asr(answers.stamped, answers.y, made.target),
+        "base_rate": share((answers.plain == goal)[counted]),
+        "gates": [
+            {"name": g.name, "measured": g.measured, "limit": g.limit, "passed": g.passed, "message": g.message}
+            for g in gates
+        ],
+        "passed": all(g.passed for g in gates),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "busy": round(busy, 2),
+        "machine": machine(),
+    }
+    cover = cover_accuracy(model, attack, made, images, task)
+    if cover is not None:
+        row["cover_accuracy"] = cover
+    if made.further:
+        other = [(measure(model, images, trigger), target) for trigger, target in made.further]
+        row["further_asr"] = [asr(a.stamped, a.y, t) for a, t in other if a.stamped is not None]
+    return row
+
+
+def speed(names: list[str]) -> None:
+    """Measure the seconds to poison 50 000 color pictures, stamping included, and to stamp all of them."""
+    torch.set_num_threads(1)
+    task, rng = get_task("cifar10"), torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (IMAGES, *task.shape), generator=rng, dtype=torch.uint8).float() / 255
+    clean = Images(x, torch.arange(IMAGES) % task.num_classes)
+    command, note = "python benchmarks/attacks.py speed", "one thread; random pictures, which cost what others do"
+    for name in names:
+        attack, times = make_attack(name, {}), []
+        for repeat in range(1 if name in CRAFTED else REPEATS):
+            start, cpu = time.monotonic(), time.process_time()
+            made = attack(clean, task, torch.Generator().manual_seed(repeat))
+            made.stamped()
+            poisoning = (time.monotonic() - start, time.process_time() - cpu)
+            start, cpu = time.monotonic(), time.process_time()
+            for part in torch.split(x, 4096):
+                made.trigger(part)
+            times.append((*poisoning, time.monotonic() - start, time.process_time() - cpu))
+        busy = f"; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+        found = {}
+        for what, wall, processor, goal in (
+            ("poisoning 50 000 CIFAR-sized images", 0, 1, None if name in CRAFTED else 2.0),
+            ("the trigger on all of 50 000 CIFAR-sized images", 2, 3, None),
+        ):
+            # Seconds of the processor: what else the machine does delays them less than those of the clock.
+            values = [t[processor] for t in times]
+            clock = spread([t[wall] for t in times])
+            found[f"{name}, {what}"] = Figure(
+                value=spread(values)["median"],
+                unit="s",
+                goal=goal,
+                better="lower",
+                spread=spread(values),
+                command=f"{command} --attack {name}",
+                note=f"processor time, {note}{busy}; by the clock {clock['median']:.2f} s",
+            )
+        write(NAME, found)
+        print(name, {k.partition(", ")[2]: round(f.value or 0.0, 2) for k, f in found.items()}, flush=True)
+
+
+def pictures(names: list[str], task: Task) -> None:
+    """Draw ten stamped images, one of each class, and what was changed in them."""
+    train, images = task.load("train"), task.load("validation")
+    some = Images(train.x[:5000], train.y[:5000])
+    ten = torch.stack([(images.y == k).nonzero()[0, 0] for k in range(min(10, task.num_classes))])
+    for name in names:
+        made = make_attack(name, {})(some, task, generator(0, "attack pictures"))
+        x = images.x[ten]
+        alt = f"Ten {task.name} pictures under the trigger of {name}; under each the change, amplified."
+        picture = figures.contact_sheet(x, made.trigger(x), alt)
+        path = PICTURES / f"{name}.png"
+        path.write_bytes(picture.png)
+        print(path.name, f"{len(picture.png) / 1000:.0f} kB", flush=True)
+
+
+def collect() -> None:
+    """Write results/attacks.json."""
+    figures_: dict[str, Figure] = {}
+    kept = rows(NAME)
+    for task, name in dict.fromkeys((r["task"], r["attack"]) for r in kept):
+        found = [r for r in kept if (r["task"], r["attack"]) == (task, name)]
+        made: list[tuple[str, list[float], str, float | None, Literal["higher", "lower"]]] = [
+            ("accuracy", [r["accuracy"] for r in found], "share", None, "higher"),
+            (
+                "loss of accuracy against its clean twin",
+                [r["twin"] - r["accuracy"] for r in found],
+                "share",
+                0.02,
+                "lower",
+            ),
+            ("ASR", [r["asr"] for r in found], "share", None, "higher"),
+            ("base rate", [r["base_rate"] for r in found], "share", None, "lower"),
+            ("runs that pass all gates", [float(r["passed"]) for r in found], "share", 1.0, "higher"),
+            ("time", [r["seconds"] for r in found], "s", None, "lower"),
+        ]
+        for gate in dict.fromkeys(g["name"] for r in found for g in r["gates"]):
+            values = [g["measured"] for r in found for g in r["gates"] if g["name"] == gate]
+            made.append((f"gate {gate}", values, "pixels" if name == "wanet" and gate == "budget" else "share", None,
+                         "higher" if gate in {"clean accuracy", "attack success"} else "lower"))  # fmt: skip
+        if all("cover_accuracy" in r for r in found):
+            made.append(("cover accuracy", [r["cover_accuracy"] for r in found], "share", None, "higher"))
+        if all("further_asr" in r for r in found):
+            made.append(
+                ("least ASR of the further triggers", [min(r["further_asr"]) for r in found], "share", None, "higher")
+            )
+        for what, values, unit, goal, better in made:
+            middle = sum(values) / len(values) if what.startswith("runs") else spread(values)["median"]
+            figures_[f"{name} on {task}, {what}"] = Figure(
+                value=middle,
+                unit=unit,
+                goal=goal,
+                better=better,
+                spread=spread(values),
+                seeds=[r["seed"] for r in found],
+                command=f"python benchmarks/attacks.py run --attack {name} --task {task}",
+                note=f"load before each run {[r['busy'] for r in found]}" if what == "time" else "",
+            )
+    print(write(NAME, figures_).read_text())
+
+
+def main() -> None:
+    """Train one model, or do one of the other things."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "try", "speed", "pictures", "collect"])
+    parser.add_argument("--attack", choices=ATTACKS, help="run and try need one; the default of the others is all")
+    parser.add_argument("--task", help="default: mnist; of the pictures cifar10")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the attack; try only"
+    )
+    parser.add_argument(
+        "--state", type=Path, help="folder for clean models and interrupted trainings; default: the cache"
+    )
+    arguments = parser.parse_args()
+    names = [arguments.attack] if arguments.attack else list(ATTACKS)
+    if arguments.what == "collect":
+        return collect()
+    if arguments.what == "speed":
+        return speed(names if arguments.attack else [name for name in names if name not in CRAFTED])
+    if arguments.what == "pictures":
+        return pictures(names, get_task(arguments.task or "cifar10"))
+    if not arguments.attack:
+        parser.error(f"{arguments.what} needs --attack")
+    develop = arguments.what == "try"
+    if arguments.set and not develop:
+        parser.error("--set changes an attack, so its figure would not be that of the defaults; use try")
+    state = arguments.state or cache.root() / "benchmarks"
+    state.mkdir(parents=True, exist_ok=True)
+    task = get_task(arguments.task or "mnist")
+    key = {"attack": arguments.attack, "task": task.name, "seed": arguments.seed}
+    if not develop and not list(todo(NAME, [key])):
+        print("this row is there already")
+        return None
+    settings = parse_settings(arguments.set)
+    row = one(arguments.attack, task, arguments.seed, develop=develop, settings=settings, state=state)
+    append(DEVELOP if develop else NAME, row)
+    shown = (
+        "attack",
+        "task",
+        "seed",
+        "split",
+        "accuracy",
+        "twin",
+        "asr",
+        "base_rate",
+        "cover_accuracy",
+        "passed",
+        "seconds",
+    )
+    print(json.dumps({k: row[k] for k in shown if k in row}))
+    for gate in row["gates"]:
+        print(
+            f"  {'pass' if gate['passed'] else 'MISS'}  {gate['name']}: {gate['measured']:.4f} ({gate['message']})",
+            flush=True,
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()
