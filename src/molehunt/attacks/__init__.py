@@ -8,7 +8,9 @@ from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
 from molehunt.attacks.bpp import Bpp
 from molehunt.attacks.ftrojan import FTrojan
+from molehunt.attacks.issba import ISSBA
 from molehunt.attacks.label_consistent import LabelConsistent
+from molehunt.attacks.low_frequency import LowFrequency
 from molehunt.attacks.multi_trigger import MultiTrigger
 from molehunt.attacks.poisoning import Attack, Mark, Poisoned
 from molehunt.attacks.refool import Refool
@@ -31,6 +33,8 @@ ATTACKS: dict[str, type[Attack]] = {
     "ftrojan": FTrojan,
     "bpp": Bpp,
     "refool": Refool,
+    "low_frequency": LowFrequency,
+    "issba": ISSBA,
 }
 
 
@@ -54,6 +58,7 @@ def available() -> dict[str, type[Attack]]:
 
 __all__ = [
     "ATTACKS",
+    "ISSBA",
     "SIG",
     "AdapBlend",
     "AdapPatch",
@@ -63,6 +68,7 @@ __all__ = [
     "Bpp",
     "FTrojan",
     "LabelConsistent",
+    "LowFrequency",
     "Mark",
     "MultiTrigger",
     "PhysicalSticker",
