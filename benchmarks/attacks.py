@@ -4,6 +4,7 @@
     python benchmarks/attacks.py try --attack sig --task mnist --set poison_rate=0.05
     python benchmarks/attacks.py speed                      seconds to poison 50 000 CIFAR-sized pictures
     python benchmarks/attacks.py pictures                   docs/reference/attacks/NAME.png
+    python benchmarks/attacks.py pictures --attack label_consistent --set epsilon=0     its patches alone, in no time
     python benchmarks/attacks.py collect                    results/attacks.json from the rows
 
 `run` trains the task's own network by its default recipe, measures on the test split and appends to
@@ -206,13 +207,13 @@ def speed(names: list[str]) -> None:
         print(name, {k.partition(", ")[2]: round(f.value or 0.0, 2) for k, f in found.items()}, flush=True)
 
 
-def pictures(names: list[str], task: Task) -> None:
+def pictures(names: list[str], task: Task, settings: dict[str, Any]) -> None:
     """Draw ten stamped images, one of each class, and what was changed in them."""
     train, images = task.load("train"), task.load("validation")
     some = Images(train.x[:5000], train.y[:5000])
     ten = torch.stack([(images.y == k).nonzero()[0, 0] for k in range(min(10, task.num_classes))])
     for name in names:
-        made = make_attack(name, {})(some, task, generator(0, "attack pictures"))
+        made = make_attack(name, settings)(some, task, generator(0, "attack pictures"))
         x = images.x[ten]
         alt = f"Ten {task.name} pictures under the trigger of {name}; under each the change, amplified."
         picture = figures.contact_sheet(x, made.trigger(x), alt)
@@ -274,7 +275,11 @@ def main() -> None:
     parser.add_argument("--task", help="default: mnist; of the pictures cifar10")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the attack; try only"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the attack; try and pictures only",
     )
     parser.add_argument(
         "--state", type=Path, help="folder for clean models and interrupted trainings; default: the cache"
@@ -286,7 +291,7 @@ def main() -> None:
     if arguments.what == "speed":
         return speed(names if arguments.attack else [name for name in names if name not in CRAFTED])
     if arguments.what == "pictures":
-        return pictures(names, get_task(arguments.task or "cifar10"))
+        return pictures(names, get_task(arguments.task or "cifar10"), parse_settings(arguments.set))
     if not arguments.attack:
         parser.error(f"{arguments.what} needs --attack")
     develop = arguments.what == "try"
