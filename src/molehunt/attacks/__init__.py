@@ -8,6 +8,7 @@ from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.blended import Blended
 from molehunt.attacks.bpp import Bpp
 from molehunt.attacks.ftrojan import FTrojan
+from molehunt.attacks.input_aware import InputAware
 from molehunt.attacks.issba import ISSBA
 from molehunt.attacks.label_consistent import LabelConsistent
 from molehunt.attacks.low_frequency import LowFrequency
@@ -35,6 +36,7 @@ ATTACKS: dict[str, type[Attack]] = {
     "refool": Refool,
     "low_frequency": LowFrequency,
     "issba": ISSBA,
+    "input_aware": InputAware,
 }
 
 
@@ -67,6 +69,7 @@ __all__ = [
     "Blended",
     "Bpp",
     "FTrojan",
+    "InputAware",
     "LabelConsistent",
     "LowFrequency",
     "Mark",
