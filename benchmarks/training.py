@@ -6,8 +6,8 @@
 
 `run` appends to results/training.jsonl and measures on the test split; a row that is there already is not made again.
 `try` is for choosing recipes: it measures on the validation split and appends to results/training-develop.jsonl. A
-clean model and its backdoored twin have the same seed, so they begin with the same weights. With `--state` an
-interrupted training goes on where it was.
+clean model and its backdoored twin have the same recipe and seed; the poison is drawn before the weights, so they do
+not begin alike. With `--state` an interrupted training goes on where it was.
 
 The trigger of a "badnets" twin is a 3x3 yellow square in the lower right corner (white on gray pictures), stamped on
 5 % of the training set after augmentation; "blended" mixes noise into 10 % with opacity .2. The target is class 0.

@@ -143,6 +143,8 @@ def test_the_inspectors_run_defenses(fake: type[FakeHost]) -> None:
 
 def test_a_stopped_defense_is_no_failure_on_record(fake: type[FakeHost], monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = []
+    # A shell's background job starts with Ctrl-C ignored, and then the program rightly ignores it too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def go() -> None:
         (inspect,) = fake.asked["inspectors"]
@@ -150,7 +152,10 @@ def test_a_stopped_defense_is_no_failure_on_record(fake: type[FakeHost], monkeyp
         stopped.append(inspect)
 
     monkeypatch.setattr(fake, "play", staticmethod(go))
-    assert main(["play", "--not-isolated"]) == 130
+    try:
+        assert main(["play", "--not-isolated"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     (inspect,) = fake.asked["inspectors"]
     with pytest.raises(KeyboardInterrupt):
         inspect("fine_pruning", fake.asked["defenses"]["fine_pruning"], planted(images=100).suspect)
