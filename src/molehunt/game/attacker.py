@@ -35,15 +35,6 @@ class Team:
     attack: Attack | None
 
 
-def four_pixels(shape: tuple[int, int, int]) -> Patch:
-    """Return the four-pixel pattern of the BadNets paper near the lower right corner, in white."""
-    channels, height, width = shape
-    mask = torch.zeros(1, height, width)
-    for up, left in ((2, 2), (3, 3), (4, 2), (2, 4)):
-        mask[0, height - up, width - left] = 1.0
-    return Patch(mask=mask, pattern=mask.expand(channels, -1, -1).clone())
-
-
 def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights") -> tuple[Team, ...]:
     """Return the teams of the example game: five attackers and two honest teams, then the same kinds again.
 
@@ -76,7 +67,7 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
         elif kind == 1:
             entry = "Honest Abe", None
         elif kind == 2:
-            entry = "Four Pixels", BadNets(target=target, trigger=four_pixels(task.shape))
+            entry = "Four Pixels", BadNets(target=target, form="four pixels")
         elif kind == 3:
             entry = "Fog", Blended(target=target)
         elif kind == 4:
