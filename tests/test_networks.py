@@ -377,6 +377,10 @@ def test_the_fast_number_format_is_a_function_of_the_device(monkeypatch: pytest.
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     assert fast_dtype(cpu) == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False})
+    for name, expected in (("Intel(R) Xeon(R) Processor", torch.float32), ("AMD EPYC", torch.bfloat16)):
+        abilities = {"avx512_bf16": True, "amx_bf16": False, "cpu_name": name}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda a=abilities: a)
+        assert fast_dtype(cpu) == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "cpu_name": "AMD EPYC"})
     assert fast_dtype(cpu) == torch.float32
     assert fast_dtype(torch.device("meta")) == torch.float32
