@@ -5,6 +5,7 @@
     python benchmarks/training.py collect                   results/training.json and the table of the docs page
 
 `run` appends to results/training.jsonl and measures on the test split; a row that is there already is not made again.
+Rows of a recipe that has other settings by now stay in the file, and are neither collected nor taken for done.
 `try` is for choosing recipes: it measures on the validation split and appends to results/training-develop.jsonl. A
 clean model and its backdoored twin have the same recipe and seed; the poison is drawn before the weights, so they do
 not begin alike. With `--state` an interrupted training goes on where it was.
@@ -33,7 +34,7 @@ from molehunt.runner import generator
 from molehunt.tasks import Task, get_task
 from molehunt.training import Recipe, recipe_for
 from molehunt.triggers import Patch, Target
-from record import RESULTS, Figure, append, machine, rows, spread, todo, write
+from record import RESULTS, Figure, append, machine, rows, spread, write
 
 NAME, DEVELOP = "training", "training-develop"
 PAGE = Path(__file__).parent.parent / "docs/reference/training.md"
@@ -109,22 +110,28 @@ def one(
     return row
 
 
+def current() -> list[dict[str, Any]]:
+    """The finished rows whose recipe is still that of the package."""
+    return [r for r in rows(NAME) if Recipe.from_json(r["settings"]) == recipe_for(r["recipe"], get_task(r["task"]))]
+
+
 def collect() -> None:
     """Write results/training.json."""
-    amx = machine()["amx"]
     figures = {}
     goals = {  # (seconds, accuracy); the success rate's goal is .99 and the twin's accuracy within one point
         "badnets_cnn": (15.0, 0.990),
         "fast_cifar": (240.0, 0.90),
         "fast_cifar_long": (720.0, 0.935),
     }
-    kept = rows(NAME)
+    kept = current()
     clean = {(r["recipe"], r["seed"]): r["accuracy"] for r in kept if r["attack"] == "clean"}
     for key, attack in dict.fromkeys((r["recipe"], r["attack"]) for r in kept):
         found = [r for r in kept if (r["recipe"], r["attack"]) == (key, attack)]
         twins = [clean[key, r["seed"]] - r["accuracy"] for r in found if (key, r["seed"]) in clean]
         goal = goals.get(key, (None, None))
-        note = "" if amx else "no AMX here; the goals were set on a machine that has it"
+        dtypes = ", ".join(sorted({r["dtype"] for r in found}))
+        amx = all(r["machine"]["amx"] for r in found)
+        note = dtypes + ("" if amx else "; no AMX here; the goals were set on a machine that has it")
         made = [
             ("time", [r["seconds"] for r in found], "s", goal[0], "lower"),
             ("work", [r["tflop"] for r in found], "TFLOP", None, "lower"),
@@ -196,7 +203,7 @@ def main() -> None:
     develop = arguments.what == "try"
     task = get_task(arguments.task or TASK_OF.get(arguments.recipe, "cifar10"))
     key = {"recipe": arguments.recipe, "attack": arguments.attack, "seed": arguments.seed, "task": task.name}
-    if not develop and not list(todo(NAME, [key])):
+    if not develop and any(all(row[k] == v for k, v in key.items()) for row in current()):
         print("this row is there already")
         return
     row = one(
