@@ -154,7 +154,7 @@ RECIPES: dict[str, Recipe] = {
     "lenet5": replace(_DIGITS, epochs=3, lr=5e-3),
     "mntd_mnist": _DIGITS,
     "mntd_cifar": replace(_DIGITS, epochs=20, lr=2e-3, weight_decay=5e-4, augment="flip_crop", shift=2),
-    "fast_cifar": replace(_MUON, epochs=3.5),
+    "fast_cifar": replace(_MUON, epochs=5),
     "fast_cifar_long": replace(_MUON, epochs=10),
     "narrow_cifar": replace(_MUON, epochs=3),
     "resnet18": _RESNET,
