@@ -17,7 +17,7 @@ GROUPS: tuple[str, ...] = (
     "runner meter untouched isolation aftermath zygote examination "
     "conformal calibration combine testing figures report scan",
     "game",
-    "starter",
+    "bank starter",
     "web client commands cli __main__",
 )
 PLACE = {module: place for place, group in enumerate(GROUPS) for module in group.split()}
