@@ -18,7 +18,7 @@ import typer
 import typer.main
 
 import molehunt
-from molehunt.commands import bank, calibrate, check, consoles, convert, data, play, scan, starter, train
+from molehunt.commands import bank, calibrate, check, consoles, convert, data, evaluate, play, scan, starter, train
 from molehunt.commands.exits import DONE, INTERNAL, REFUSED, STOPPED, UNREAD, InputError
 from molehunt.legible import legible
 
@@ -41,6 +41,7 @@ app.command()(check.check)
 app.command()(convert.convert)
 app.command()(scan.scan)
 app.command()(calibrate.calibrate)
+app.command()(evaluate.evaluate)
 app.add_typer(bank.app, name="bank")
 app.add_typer(data.app, name="data")
 

@@ -31,10 +31,11 @@ def calibrate(
     inspecting: Inspecting,
     *,
     report: Callable[[str, Mapping[str, float | None]], None] | None = None,
+    place: str = "scores",
 ) -> Population:
     """Let defenses score the models of a bank that they have not scored yet, and collect all scores.
 
-    A scored model is on disk before the next is looked at, below `scores` in the folder; a row that other settings or
+    A scored model is on disk before the next is looked at, below `place` in the folder; a row that other settings or
     other weights led to is made again. Planted models whose backdoor does not work are left out of the answer.
 
     Args:
@@ -44,6 +45,7 @@ def calibrate(
             that others find.
         inspecting: makes what runs them.
         report: called after every model with (name, scores).
+        place: folder of the scored models, below that of the bank.
 
     Raises:
         ValueError: no models, a model is not trained yet, no defense gave a score, a file is no row, or defenses
@@ -54,15 +56,15 @@ def calibrate(
     rows = {row.name: row for row in read_rows(listed, folder)}
     if lacking := [entry.name for entry in listed if entry.name not in rows]:
         raise ValueError(f"{len(lacking)} models are not trained yet, {lacking[0]} first: run molehunt bank build")
-    (folder / "scores").mkdir(exist_ok=True)
+    (folder / place).mkdir(exist_ok=True)
     asked = {name: configuration(defense) for name, defense in defenses.items()}
     found = []
     for entry in listed:
-        scored = _read(folder, rows[entry.name], asked)
+        scored = _read(folder / place, rows[entry.name], asked)
         if scored is None:
             with inspecting(entry.seed) as inspect:
                 scored = _score(entry, rows[entry.name], asked, defenses, inspect)
-            path = folder / "scores" / f"{entry.name}.json"
+            path = folder / place / f"{entry.name}.json"
             write_atomically(path, [json.dumps(scored, indent=1, allow_nan=False).encode()])
             if report:
                 report(entry.name, scored["scores"])
@@ -72,7 +74,7 @@ def calibrate(
 
 def _read(folder: Path, row: Row, asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the scores of a model if they are there and still hold."""
-    path = folder / "scores" / f"{row.name}.json"
+    path = folder / f"{row.name}.json"
     if not path.exists():
         return None
     kept = strict_json.loads(path.read_bytes())
