@@ -38,7 +38,7 @@ class Oracle:
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         assert suspect.clean is not None
-        trigger = Patch.square(suspect.task.shape)
+        trigger = Patch.square(suspect.task.shape, size=4)
         says = suspect.logits(trigger(suspect.clean.x)).argmax(1)
         shares: Tensor = torch.bincount(says, minlength=suspect.classes) / len(says)
         return Finding(
