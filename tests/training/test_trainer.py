@@ -69,7 +69,9 @@ def test_learns_what_can_be_learned(optimizer: str, lr: float) -> None:
 
 def test_a_step_of_sgd_is_the_step_of_the_textbook() -> None:
     images = colors(30)
-    recipe = Recipe(epochs=1, batch=30, lr=0.5, momentum=0.0, weight_decay=0.0, schedule="constant")
+    recipe = Recipe(
+        epochs=1, batch=30, lr=0.5, momentum=0.0, weight_decay=0.0, schedule="constant", precision="float32"
+    )
     model = linear()
     train(model, images, recipe, rng=generator())
     pooled = images.x.mean(dim=(2, 3))
