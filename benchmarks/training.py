@@ -152,6 +152,8 @@ def collect() -> None:
                 command=f"python benchmarks/training.py run --recipe {key} --attack {attack}",
                 note=f"{note}; load before each run {[r['busy'] for r in found]}" if what == "time" else "",
             )
+    # All figures come from the rows, so that one of a recipe that is no more must not stay.
+    (RESULTS / f"{NAME}.json").unlink(missing_ok=True)
     print(write(NAME, figures).read_text())
     write_table(json.loads((RESULTS / f"{NAME}.json").read_text())["figures"])
 
