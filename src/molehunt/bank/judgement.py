@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molehunt.testing import auc
+
 DRAWS = 1000
 
 
@@ -49,22 +51,14 @@ def judge(clean: Sequence[float], planted: Sequence[float], rng: torch.Generator
     def again(x: Tensor) -> Tensor:
         return x[torch.randint(len(x), (len(x),), generator=rng)]
 
-    def shuffled() -> float:
-        mixed = both[torch.randperm(len(both), generator=rng)]
-        return _auc(mixed[: len(a)], mixed[len(a) :])
-
-    drawn = torch.tensor([_auc(again(a), again(b)) for _ in range(DRAWS)])
-    null = torch.tensor([shuffled() for _ in range(DRAWS)])
+    positive = torch.arange(len(both)) >= len(a)
+    drawn = torch.tensor([auc(torch.cat([again(a), again(b)]), positive) for _ in range(DRAWS)])
+    null = torch.tensor([auc(both[torch.randperm(len(both), generator=rng)], positive) for _ in range(DRAWS)])
     return Judgement(
-        auc=_auc(a, b),
+        auc=auc(both, positive),
         low=float(drawn.quantile(0.025)),
         high=float(drawn.quantile(0.975)),
         permuted=float(null.quantile(0.95)),
         clean=len(a),
         planted=len(b),
     )
-
-
-def _auc(clean: Tensor, planted: Tensor) -> float:
-    difference = planted[:, None] - clean[None]
-    return float(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect as source
 import json
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -78,7 +79,7 @@ def evaluate(
                 planted = [row[0] for row in found.table([defense], planted=True)]
                 told = judge(clean, planted, generator(0, "evaluate"))
     costs = [json.loads((where / place / f"{e.name}.json").read_text())["seconds"].get(defense) for e in listed]
-    known = sorted(c for c in costs if c is not None)
+    known = [cost for cost in costs if cost is not None]
     shown = consoles.result()
     shown.print(
         f"{legible(defense, 80)}: AUC {told.auc:.3f} [{told.low:.3f}, {told.high:.3f}] on {told.clean} clean and "
@@ -87,7 +88,7 @@ def evaluate(
     )
     shown.print(f"shuffled labels give up to {told.permuted:.3f} (95 %)")
     missing = len(found.models) - told.clean - told.planted
-    shown.print(f"no score on {missing} models; {known[len(known) // 2]:.2f} s per model (median)")
+    shown.print(f"no score on {missing} models; {statistics.median(known):.2f} s per model (median)")
     return DONE
 
 
