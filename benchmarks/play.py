@@ -3,6 +3,7 @@
     python benchmarks/play.py game mnist5k     a whole game on a fresh folder, timed from outside
     python benchmarks/play.py scan             peak memory of a scan, of a fast CIFAR network
     python benchmarks/play.py strip            forward images per second of STRIP on the fast CIFAR network
+    python benchmarks/play.py strip --network narrow_cifar      on the narrow one
     python benchmarks/play.py collect          results/play.json from all rows, also training's and Neural Cleanse's
 
 Every call but the last appends a row to results/play.jsonl.
@@ -80,19 +81,17 @@ def scan(seed: int) -> dict[str, Any]:
     return {"figure": "scan", "seed": seed, "peak_gib": peak, "seconds": seconds, "busy": busy}
 
 
-def strip(seed: int) -> dict[str, Any]:
-    """Run STRIP with 100 overlays on a stream of 500 inputs of the fast CIFAR network."""
+def strip(seed: int, network: str) -> dict[str, Any]:
+    """Run STRIP with 100 overlays on a stream of 500 inputs of a CIFAR network."""
     task = get_task("cifar10")
-    model = build(
-        "fast_cifar", task.shape, task.num_classes, mean=task.mean, std=task.std, rng=generator(seed, "strip")
-    )
+    model = build(network, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=generator(seed, "strip"))
     clean, hidden = task.secret(seed)
     suspect = Suspect.of(model, task, clean=clean, inputs=hidden.x[:500])
     outcome = inspect(DEFENSES["strip"](overlays=100), suspect, name="strip", seed=seed)  # type: ignore[call-arg]
     cost = outcome.cost  # type: ignore[union-attr]
     assert cost is not None
     return {
-        "figure": "strip",
+        "figure": "strip" if network == "fast_cifar" else f"strip {network}",
         "seed": seed,
         "images": cost.forward,
         "seconds": cost.seconds,
@@ -159,6 +158,9 @@ def collect() -> None:
             "play mnist": figure("play mnist", "seconds", "s", 720, "lower", "game mnist"),
             "scan memory": figure("scan", "peak_gib", "GiB", 3, "lower", "scan"),
             "STRIP, fast CIFAR": figure("strip", "per_second", "images/s", 3000, "higher", "strip"),
+            "STRIP, narrow CIFAR": figure(
+                "strip narrow_cifar", "per_second", "images/s", 3000, "higher", "strip --network narrow_cifar"
+            ),
         },
     )
     print(path.read_text())
@@ -170,15 +172,17 @@ def main() -> None:
     parser.add_argument("what", choices=["game", "scan", "strip", "collect"])
     parser.add_argument("task", nargs="?", default="mnist5k")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--network", choices=["fast_cifar", "narrow_cifar"], default="fast_cifar", help="of strip")
     arguments = parser.parse_args()
     if arguments.what == "collect":
         collect()
         return
-    row = (
-        game(arguments.task, arguments.seed)
-        if arguments.what == "game"
-        else {"scan": scan, "strip": strip}[arguments.what](arguments.seed)
-    )
+    if arguments.what == "game":
+        row = game(arguments.task, arguments.seed)
+    elif arguments.what == "strip":
+        row = strip(arguments.seed, arguments.network)
+    else:
+        row = scan(arguments.seed)
     append("play", row)
     print(json.dumps(row, indent=1))
 
