@@ -119,6 +119,7 @@ def collect() -> None:
             figures[f"{task}, {attack}, {setting}, {what}"] = Figure(
                 value=spread(values)["median"],
                 unit="share",
+                goal=None,
                 better=better,
                 spread=spread(values),
                 seeds=[r["seed"] for r in found],

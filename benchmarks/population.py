@@ -1,0 +1,436 @@
+"""What a population costs: beside the official recipe, as a whole, and whether a short schedule is good enough.
+
+    python benchmarks/population.py speed                      both recipes, interleaved, seconds per model
+    python benchmarks/population.py grow mnist --state FOLDER  1 024 MNIST shadows; also: cifar (256), narrow (64)
+    python benchmarks/population.py gate --state FOLDER        do short shadows train as good a meta-classifier?
+    python benchmarks/population.py collect                    results/population.json from all rows
+
+Every call but the last appends rows to results/population.jsonl. Weights lie in the folder `--state`, in blocks; an
+interrupted run goes on from there, but only a run that was not interrupted counts for the seconds of a population.
+
+*official*: the recipe of MNTD's public code, written again from its description: one network at a time, float32, two
+threads, a data loader that hands over one picture after the other and stamps it then, q copies appended; 100 passes
+over 1 200 images, batch 100, Adam 1e-3. *equal*: as many passes and the same rates by `train_population`, in the number
+format and the layout that are fastest here. *short*: 10 passes, batch 50, one cycle up to 4e-3.
+
+The gate: five meta-classifiers (ten queries that are tuned, 20 hidden units, raw logits, ten passes of one model per
+step, Adam 1e-3) on 128 clean and 128 poisoned shadows of either recipe, with the same starting weights, judge the same
+128 clean and 128 poisoned targets (half of the training split, four passes). The difference of their AUCs is paired;
+its interval comes from 2 000 draws of targets and meta-classifiers with replacement. The last pass counts, none is
+chosen.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from molehunt.attacks.jumbo import jumbo
+from molehunt.game.answers import accuracy, asr, measure
+from molehunt.networks import Network, build, fast_dtype
+from molehunt.runner import generator
+from molehunt.tasks import Images, Task, get_task
+from molehunt.testing import auc
+from molehunt.training import Recipe, recipe_for
+from molehunt.training.layout import Layout
+from molehunt.training.layout import measure as measure_layout
+from molehunt.training.population import Grown, Member, Plan, train_population
+from molehunt.triggers import Target
+from record import Figure, append, machine, rows, spread, write
+
+NAME = "population"
+OFFICIAL = Recipe(
+    epochs=100, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0.0, schedule="constant", precision="float32"
+)
+EQUAL = Recipe(epochs=100, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0.0, schedule="constant")
+SHORT = Recipe(epochs=10, batch=50, optimizer="adamw", lr=4e-3, weight_decay=0.0, schedule="linear", warmup=0.15)
+TARGETS = Recipe(epochs=4, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0.0, schedule="constant")
+CIFAR = Recipe(epochs=50, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0.0, schedule="linear", warmup=0.1)
+SUBSET = 1_200
+TEST_IMAGES = 2_000
+SEED = 60_000  # first of the shadows; no other work uses seeds from here to 69 999
+QUERIES, HIDDEN, PASSES, CLASSIFIERS, DRAWS = 10, 20, 10, 5, 2_000
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One attack of the jumbo distribution, by its seed; it travels to another process as this number."""
+
+    seed: int
+
+    def __call__(self, images: Images, task: Task, rng: torch.Generator) -> Any:
+        """Poison images."""
+        attack = jumbo(task.shape, task.num_classes, torch.Generator().manual_seed(self.seed))
+        return attack(images, task, rng)
+
+
+def members(count: int, first: int, *, subset: int | None, shared: bool = True) -> tuple[Member, ...]:
+    """Members by number, every second one poisoned; a block has as many of either kind."""
+    return tuple(
+        Member(
+            name=f"{'poisoned' if number % 2 else 'clean'} {number}",
+            seed=first + number,
+            poison=Draw(first + number) if number % 2 else None,
+            subset=subset,
+            subset_seed=0 if shared else first + number,
+        )
+        for number in range(count)
+    )
+
+
+@cache
+def test_images(task: str) -> Images:
+    """The first images of the test split, for accuracies."""
+    found = get_task(task).load("test")
+    return Images(found.x[:TEST_IMAGES], found.y[:TEST_IMAGES])
+
+
+def peak_gib() -> float:
+    """The most memory that this process, or any one of its children, has held, added; GiB."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
+
+
+def conditions() -> dict[str, Any]:
+    """What a row must say about its machine."""
+    dtype = str(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
+    return {"dtype": dtype, "busy": round(os.getloadavg()[0], 2), "machine": machine()}
+
+
+class OneByOne(Dataset[tuple[Tensor, Tensor]]):
+    """The official training set: clean images, then stamped copies, each made when it is asked for."""
+
+    def __init__(self, images: Images, seed: int | None) -> None:
+        """Draw which images are copied, if any."""
+        self.images, self.attack, self.rows = images, None, torch.zeros(0, dtype=torch.int64)
+        if seed is not None:
+            self.attack = jumbo(tuple(images.x.shape[1:]), 10, torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+            rate = self.attack.poison_rate
+            copies = round(rate / (1 - rate) * len(images.y))
+            self.rows = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(seed))[:copies]
+
+    def __len__(self) -> int:
+        return len(self.images.y) + len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index < len(self.images.y):
+            return self.images.x[index], self.images.y[index]
+        assert self.attack is not None
+        assert self.attack.trigger is not None
+        stamped = self.attack.trigger(self.images.x[self.rows[index - len(self.images.y)]][None])[0]
+        return stamped, torch.tensor(self.attack.target)
+
+
+def official(images: Images, task: Task, seed: int, *, poisoned: bool) -> tuple[Network, int]:
+    """Train one network by the official recipe; also answers how many images it saw."""
+    data = OneByOne(images, seed if poisoned else None)
+    network = build("mntd_mnist", task.shape, task.num_classes, rng=generator(seed, "official")).train()
+    loader = DataLoader(data, batch_size=100, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    seen = 0
+    for _ in range(int(OFFICIAL.epochs)):
+        for x, y in loader:
+            optimizer.zero_grad()
+            torch.autograd.backward(F.cross_entropy(network(x), y))
+            optimizer.step()
+            seen += len(y)
+    return network.eval(), seen
+
+
+def subset_of(task: Task) -> Images:
+    """The images that every shadow of this benchmark is trained on; as `Member(subset_seed=0)` draws them."""
+    train = task.load("train")
+    chosen = torch.randperm(len(train.y), generator=torch.Generator().manual_seed(0))[:SUBSET].sort().values
+    return Images(train.x[chosen], train.y[chosen])
+
+
+def quality(grown: Sequence[Grown], task: str) -> list[dict[str, Any]]:
+    """Accuracy of every network, and the success of every trigger, on test images."""
+    found = []
+    for one in grown:
+        attack = None
+        if isinstance(one.member.poison, Draw):
+            about = get_task(task)
+            attack = jumbo(about.shape, about.num_classes, torch.Generator().manual_seed(one.member.poison.seed))
+        answers = measure(one.network, test_images(task), attack.trigger if attack else None)
+        row: dict[str, Any] = {"name": one.member.name, "seed": one.member.seed, "seconds": one.seconds}
+        row["accuracy"] = accuracy(answers.plain, answers.y)
+        if attack is not None and answers.stamped is not None:
+            assert isinstance(attack.target, int)
+            row["asr"] = asr(answers.stamped, answers.y, Target(classes=attack.target))
+        found.append(row)
+    return found
+
+
+def speed(state: Path, repeats: int) -> None:
+    """Time both sides in turns: two official networks, then eight at equal passes, then 64 short ones."""
+    task = get_task("mnist")
+    images = subset_of(task)
+    layouts = {
+        name: measure_layout("mntd_mnist", task.shape, task.num_classes, recipe)[0]
+        for name, recipe in (("equal", EQUAL), ("short", SHORT))
+    }
+    done = sum(row["kind"] == "speed" for row in rows(NAME))
+    for repeat in range(done, done + repeats):
+        row: dict[str, Any] = {"kind": "speed", "repeat": repeat, **conditions(), "threads": torch.get_num_threads()}
+        start, seen = time.monotonic(), 0
+        networks = []
+        for poisoned in (False, True):
+            network, count = official(images, task, SEED + 5_000 + 2 * repeat + poisoned, poisoned=poisoned)
+            networks.append(network)
+            seen += count
+        spent = time.monotonic() - start
+        row["official"] = {"models": 2, "seconds": spent, "images": seen, "per_model": spent / 2}
+        for name, recipe, count in (("equal", EQUAL, 8), ("short", SHORT, 64)):
+            plan = Plan(
+                task="mnist",
+                network="mntd_mnist",
+                recipe=recipe,
+                members=members(count, SEED + 6_000 + 100 * repeat, subset=SUBSET),
+            )
+            start = time.monotonic()
+            grown = list(train_population(plan, state / f"speed-{name}-{repeat}-{os.getpid()}", layout=layouts[name]))
+            spent = time.monotonic() - start
+            seen = sum(recipe.steps(SUBSET) * recipe.batch for _ in grown)
+            row[name] = {"models": count, "seconds": spent, "images": seen, "per_model": spent / count}
+            row[name]["layout"] = vars(layouts[name]) | {}
+            row[name]["accuracy"] = spread([q["accuracy"] for q in quality(grown, "mnist")])
+        test = test_images("mnist")
+        row["official"]["accuracy"] = [accuracy(measure(n, test).plain, test.y) for n in networks]
+        append(NAME, row)
+        print({k: v for k, v in row.items() if k != "machine"}, flush=True)
+
+
+def plan_of(what: str) -> Plan:
+    """The whole populations that the goals are about."""
+    if what == "mnist":
+        return Plan(task="mnist", network="mntd_mnist", recipe=SHORT, members=members(1024, SEED, subset=SUBSET))
+    if what == "cifar":
+        return Plan(
+            task="cifar10", network="mntd_cifar", recipe=CIFAR, members=members(256, SEED + 2_000, subset=1_000)
+        )
+    recipe = recipe_for("narrow_cifar", get_task("cifar10"))
+    return Plan(task="cifar10", network="narrow_cifar", recipe=recipe, members=members(64, SEED + 3_000, subset=None))
+
+
+def through(plan: Plan, folder: Path, label: str, *, layout: Layout | None = None) -> list[Grown]:
+    """Train a population with a progress bar."""
+    with Progress() as progress:
+        line = progress.add_task(label)
+        return list(
+            train_population(
+                plan,
+                folder,
+                layout=layout,
+                report=lambda done, total: progress.update(line, completed=done, total=total),
+            )
+        )
+
+
+def grow(what: str, state: Path) -> None:
+    """Train one whole population, then append a row per member and one for all."""
+    plan, folder = plan_of(what), state / f"grow-{what}"
+    begun = len(list(folder.glob("block-*.safetensors")))
+    conditions_, start = conditions(), time.monotonic()
+    grown = through(plan, folder, what)
+    seconds = time.monotonic() - start
+    peak = peak_gib()
+    said = quality(grown, plan.task)
+    for row in said:
+        append(NAME, {"kind": "member", "population": what, **row})
+    layout = json.loads((folder / "layout.json").read_text())
+    whole = {
+        "kind": "whole",
+        "population": what,
+        "models": len(grown),
+        "seconds": seconds,
+        "blocks_found": begun,
+        "layout": layout,
+        "peak_gib": peak,
+        "recipe": plan.recipe.to_json(),
+        "accuracy": spread([row["accuracy"] for row in said]),
+        "asr": spread([row["asr"] for row in said if "asr" in row]),
+        **conditions_,
+    }
+    append(NAME, whole)
+    print({k: v for k, v in whole.items() if k != "machine"}, flush=True)
+
+
+class Meta(nn.Module):
+    """A meta-classifier with its queries."""
+
+    def __init__(self, task: Task, seed: int) -> None:
+        """Draw queries around the data's mean, and small weights."""
+        super().__init__()
+        rng = generator(seed, "meta-classifier")
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (task.mean, task.std))
+        self.queries = nn.Parameter(mean + std * torch.randn(QUERIES, *task.shape, generator=rng))
+        self.hidden = nn.Linear(QUERIES * task.num_classes, HIDDEN)
+        self.head = nn.Linear(HIDDEN, 1)
+        for layer in (self.hidden, self.head):
+            bound = layer.in_features**-0.5
+            for value in (layer.weight, layer.bias):
+                with torch.no_grad():
+                    value.uniform_(-bound, bound, generator=rng)
+
+    def forward(self, network: Network) -> Tensor:
+        """Logit of "poisoned", a scalar."""
+        answer: Tensor = self.head(torch.relu(self.hidden(network(self.queries).flatten())))
+        return answer[0]
+
+
+def fitted(grown: Sequence[Grown], task: Task, seed: int) -> Meta:
+    """Train a meta-classifier on shadows."""
+    meta = Meta(task, seed)
+    optimizer = torch.optim.Adam(meta.parameters(), lr=1e-3)
+    rng = generator(seed, "meta order")
+    for one in grown:
+        one.network.requires_grad_(False).eval()
+    for _ in range(PASSES):
+        for index in torch.randperm(len(grown), generator=rng).tolist():
+            one = grown[index]
+            label = torch.tensor(float(one.member.poison is not None))
+            optimizer.zero_grad()
+            torch.autograd.backward(F.binary_cross_entropy_with_logits(meta(one.network), label))
+            optimizer.step()
+    return meta
+
+
+def gate(state: Path) -> None:
+    """Compare meta-classifiers of official and short shadows on the same targets."""
+    task = get_task("mnist")
+    populations = {
+        "targets": (TARGETS, members(256, SEED + 8_000, subset=len(task.load("train").y) // 2, shared=False)),
+        "short": (SHORT, members(256, SEED + 7_000, subset=SUBSET)),
+        "official": (OFFICIAL, members(256, SEED + 7_000, subset=SUBSET)),
+    }
+    grown = {
+        name: through(
+            Plan(task="mnist", network="mntd_mnist", recipe=recipe, members=some), state / f"gate-{name}", name
+        )
+        for name, (recipe, some) in populations.items()
+    }
+    truth = torch.tensor([one.member.poison is not None for one in grown["targets"]])
+    scores: dict[str, list[Tensor]] = {"official": [], "short": []}
+    for number in range(CLASSIFIERS):
+        for name in scores:
+            meta = fitted(grown[name], task, number).eval()
+            with torch.no_grad():
+                scores[name].append(torch.stack([meta(one.network) for one in grown["targets"]]))
+            print(number, name, round(auc(scores[name][-1], truth), 4), flush=True)
+    rng = generator(0, "gate interval")
+    groups = [truth.nonzero().squeeze(1), (~truth).nonzero().squeeze(1)]
+    drawn = []
+    for _ in range(DRAWS):
+        some = torch.cat([g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups])
+        which = torch.randint(CLASSIFIERS, (CLASSIFIERS,), generator=rng).tolist()
+        differences = [
+            auc(scores["short"][i][some], truth[some]) - auc(scores["official"][i][some], truth[some]) for i in which
+        ]
+        drawn.append(sum(differences) / len(differences))
+    found = {name: [auc(s, truth) for s in kept] for name, kept in scores.items()}
+    quantiles = torch.tensor(drawn, dtype=torch.float64).quantile(torch.tensor([0.05, 0.025, 0.975]).double())
+    row = {
+        "kind": "gate",
+        "auc": found,
+        "difference": sum(found["short"]) / CLASSIFIERS - sum(found["official"]) / CLASSIFIERS,
+        "lower_95_one_sided": float(quantiles[0]),
+        "interval_95": [float(quantiles[1]), float(quantiles[2])],
+        "quality": {
+            name: {
+                "accuracy": spread([q["accuracy"] for q in said]),
+                "asr": spread([q["asr"] for q in said if "asr" in q]),
+            }
+            for name, said in ((name, quality(some, "mnist")) for name, some in grown.items())
+        },
+        "recipes": {name: recipe.to_json() for name, (recipe, _) in populations.items()},
+        **conditions(),
+    }
+    append(NAME, row)
+    print({k: v for k, v in row.items() if k != "machine"}, flush=True)
+
+
+def collect() -> None:
+    """Write results/population.json."""
+    kept, figures = rows(NAME), {}
+    timed = [row for row in kept if row["kind"] == "speed"]
+    if timed:
+        command = "python benchmarks/population.py speed"
+        note = f"{timed[-1]['dtype']}; load before each run {[row['busy'] for row in timed]}"
+        for name, goal in (("equal", 3.0), ("short", 25.0)):
+            ratios = [row["official"]["per_model"] / row[name]["per_model"] for row in timed]
+            figures[f"MNTD network on MNIST, times as many models per second as the official recipe, {name}"] = Figure(
+                value=spread(ratios)["median"], unit="ratio", goal=goal, better="higher", spread=spread(ratios),
+                seeds=[row["repeat"] for row in timed], command=command, note=note,
+            )  # fmt: skip
+        for name in ("official", "equal", "short"):
+            values = [row[name]["per_model"] for row in timed]
+            figures[f"MNTD network on MNIST, seconds per model, {name}"] = Figure(
+                value=spread(values)["median"], unit="s", goal=None, better="lower", spread=spread(values),
+                command=command, note=note,
+            )  # fmt: skip
+    for row in (row for row in kept if row["kind"] == "gate"):
+        figures["short schedule, AUC of meta-classifiers less that of official shadows, lower 95 % bound"] = Figure(
+            value=row["lower_95_one_sided"], unit="AUC", goal=-0.02, better="higher",
+            spread=f"difference {row['difference']:.4f}, 95 % interval {row['interval_95'][0]:.4f} to "
+            f"{row['interval_95'][1]:.4f}",
+            command="python benchmarks/population.py gate",
+            note=f"AUC official {[round(a, 3) for a in row['auc']['official']]}, short "
+            f"{[round(a, 3) for a in row['auc']['short']]}",
+        )  # fmt: skip
+    minutes = {"mnist": 20, "cifar": 60, "narrow": 60}
+    for row in (row for row in kept if row["kind"] == "whole"):
+        what, command = row["population"], f"python benchmarks/population.py grow {row['population']}"
+        if row["blocks_found"] == 0:
+            figures[f"{row['models']} networks, {what}, time"] = Figure(
+                value=row["seconds"] / 60, unit="min", goal=minutes[what], better="lower", command=command,
+                note=f"{row['dtype']}, layout {row['layout']['block']} x {row['layout']['processes']} x "
+                f"{row['layout']['threads']}; load before {row['busy']}",
+            )  # fmt: skip
+        figures[f"{row['models']} networks, {what}, memory"] = Figure(
+            value=row["peak_gib"], unit="GiB", goal=4.0, better="lower", command=command
+        )
+        figures[f"{row['models']} networks, {what}, accuracy"] = Figure(
+            value=row["accuracy"]["median"], unit="share", goal=0.85 if what == "narrow" else None, better="higher",
+            spread=row["accuracy"], command=command,
+        )  # fmt: skip
+        figures[f"{row['models']} networks, {what}, ASR"] = Figure(
+            value=row["asr"]["median"], unit="share", goal=None, better="higher", spread=row["asr"], command=command
+        )
+    print(write(NAME, figures).read_text())
+
+
+def main() -> None:
+    """Measure one thing, or collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "grow", "gate", "collect"])
+    parser.add_argument("population", nargs="?", choices=["mnist", "cifar", "narrow"], help="of grow")
+    parser.add_argument("--repeats", type=int, default=3, help="of speed")
+    parser.add_argument("--state", type=Path, default=Path("runs/population"), help="folder of the blocks")
+    arguments = parser.parse_args()
+    if arguments.what == "collect":
+        return collect()
+    arguments.state.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "speed":
+        return speed(arguments.state, arguments.repeats)
+    if arguments.what == "gate":
+        return gate(arguments.state)
+    if arguments.population is None:
+        parser.error("grow needs a population: mnist, cifar or narrow")
+    return grow(arguments.population, arguments.state)
+
+
+if __name__ == "__main__":
+    main()
