@@ -25,15 +25,13 @@ from molehunt.defenses import STRIP
 from molehunt.defenses.strip import quantile_boundary
 from molehunt.findings import Finding
 from molehunt.game.answers import accuracy, asr, measure
-from molehunt.game.attacker import train_model
-from molehunt.runner import generator, inspect
+from molehunt.runner import inspect
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, get_task
 from molehunt.testing import auc
-from molehunt.training import recipe_for
 from molehunt.triggers import Target
 from record import Figure, append, machine, rows, spread, todo, write
-from training import attack_of
+from training import again
 
 NAME = "strip"
 REJECTIONS = (0.005, 0.01, 0.02, 0.03)
@@ -50,17 +48,9 @@ def run(task_name: str, attack: str, seed: int, inputs: int, state: Path | None)
         print("these rows are there already")
         return
     network = "fast_cifar" if task_name == "cifar10" else task.network
-    model, poisoned = train_model(
-        task,
-        network,
-        recipe_for(network, task),
-        attack_of(attack, task),
-        rng=generator(seed, f"training benchmark {network}"),
-        checkpoint=state / f"{network}-{attack}-{seed}.pt" if state else None,
-    )
-    assert poisoned is not None
+    model, poisoned = again(task, network, attack, seed, state)
     clean, hidden = task.secret(seed)
-    answers = measure(model.eval(), hidden, poisoned.trigger)
+    answers = measure(model, hidden, poisoned.trigger)
     assert answers.stamped is not None
     works = (TARGET.counts(answers.y) & (answers.stamped == TARGET.goal(answers.y))).nonzero().squeeze(1)
     carry = works[:inputs]

@@ -26,10 +26,10 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.flop_counter import FlopCounterMode
 
-from molehunt.attacks import Attack, BadNets, Blended
+from molehunt.attacks import Attack, BadNets, Blended, Poisoned
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import parse_settings, train_model
-from molehunt.networks import build, fast_dtype
+from molehunt.networks import Network, build, fast_dtype
 from molehunt.runner import generator
 from molehunt.tasks import Task, get_task
 from molehunt.training import Recipe, recipe_for
@@ -108,6 +108,20 @@ def one(
     if poisoned and answers.stamped is not None:
         row["asr"] = asr(answers.stamped, answers.y, Target(classes=0))
     return row
+
+
+def again(task: Task, network: str, attack: str, seed: int, state: Path | None) -> tuple[Network, Poisoned]:
+    """Make the backdoored model of a row again, or read its finished training."""
+    model, poisoned = train_model(
+        task,
+        network,
+        recipe_for(network, task),
+        attack_of(attack, task),
+        rng=generator(seed, f"training benchmark {network}"),
+        checkpoint=state / f"{network}-{attack}-{seed}.pt" if state else None,
+    )
+    assert poisoned is not None
+    return model.eval(), poisoned
 
 
 def current() -> list[dict[str, Any]]:
