@@ -105,9 +105,11 @@ def covers_of(made: Poisoned, clean: Images) -> torch.Tensor:
     return made.altered & (made.images.y == clean.y)
 
 
-def one(name: str, task: Task, seed: int, *, develop: bool, settings: dict[str, Any], state: Path) -> dict[str, Any]:
+def one(
+    name: str, task: Task, seed: int, *, develop: bool, settings: dict[str, Any], state: Path, few: int
+) -> dict[str, Any]:
     """Train one backdoored model and answer its row."""
-    network, limits = task.network, Limits()
+    network, limits = task.network, Limits(references=few)
     recipe = recipe_for(network, task)
     attack = make_attack(name, settings)
     clean = references(task, network, state, list(range(limits.references)))
@@ -141,6 +143,7 @@ def one(name: str, task: Task, seed: int, *, develop: bool, settings: dict[str, 
         "task": task.name,
         "network": network,
         "seed": seed,
+        "references": len(clean),
         "split": split,
         "altered": share(made.altered),
         "relabeled": share(made.images.y != task.load("train").y),
@@ -284,6 +287,12 @@ def main() -> None:
     parser.add_argument(
         "--state", type=Path, help="folder for clean models and interrupted trainings; default: the cache"
     )
+    parser.add_argument(
+        "--references",
+        type=int,
+        default=Limits().references,
+        help="clean models that the gates compare with; fewer where each takes minutes, which the row says",
+    )
     arguments = parser.parse_args()
     names = [arguments.attack] if arguments.attack else list(ATTACKS)
     if arguments.what == "collect":
@@ -305,7 +314,15 @@ def main() -> None:
         print("this row is there already")
         return None
     settings = parse_settings(arguments.set)
-    row = one(arguments.attack, task, arguments.seed, develop=develop, settings=settings, state=state)
+    row = one(
+        arguments.attack,
+        task,
+        arguments.seed,
+        develop=develop,
+        settings=settings,
+        state=state,
+        few=arguments.references,
+    )
     append(DEVELOP if develop else NAME, row)
     shown = (
         "attack",
