@@ -3,6 +3,7 @@
     python benchmarks/population.py speed                      both recipes, interleaved, seconds per model
     python benchmarks/population.py grow mnist --state FOLDER  1 024 MNIST shadows; also: cifar (256), narrow (64)
     python benchmarks/population.py gate --state FOLDER        do short shadows train as good a meta-classifier?
+    python benchmarks/population.py guard --state FOLDER       can the recipe be read in place of the backdoor?
     python benchmarks/population.py collect                    results/population.json from all rows
 
 Every call but the last appends rows to results/population.jsonl. Weights lie in the folder `--state`, in blocks; an
@@ -18,6 +19,11 @@ step, Adam 1e-3) on 128 clean and 128 poisoned shadows of either recipe, with th
 128 clean and 128 poisoned targets (half of the training split, four passes). The difference of their AUCs is paired;
 its interval comes from 2 000 draws of targets and meta-classifiers with replacement. The last pass counts, none is
 chosen.
+
+The guard: 60 clean `badnets_cnn` of 3 150 mnist5k images against 60 whose training differs as much as a poison of a
+tenth would make it differ, without any backdoor: *repeated*, a tenth of the rows shows other rows' images once more,
+which is what a poison does here, as poisoned rows take the place of clean ones; *added*, 350 further images at as many
+passes, which is what appending a poison would do. Beside them 60 that are backdoored, as a scale.
 """
 
 import argparse
@@ -37,7 +43,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from molehunt.attacks import BadNets
 from molehunt.attacks.jumbo import jumbo
+from molehunt.bank.guard import MOST, telltale
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.networks import Network, build, fast_dtype
 from molehunt.runner import generator
@@ -61,6 +69,7 @@ CIFAR = Recipe(epochs=50, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0.
 SUBSET = 1_200
 TEST_IMAGES = 2_000
 SEED = 60_000  # first of the shadows; no other work uses seeds from here to 69 999
+GUARDED, PERMUTATIONS = 60, 20
 QUERIES, HIDDEN, PASSES, CLASSIFIERS, DRAWS = 10, 20, 10, 5, 2_000
 
 
@@ -362,6 +371,80 @@ def gate(state: Path) -> None:
     print({k: v for k, v in row.items() if k != "machine"}, flush=True)
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """A set in which a share of the rows shows the images of other rows of the same class."""
+
+    share: float = 0.1
+
+    def __call__(self, images: Images, task: Task, rng: torch.Generator) -> "Repeated":
+        """Replace rows, drawn by the generator."""
+        order = torch.randperm(len(images.y), generator=rng)
+        replaced, kept = order[: round(self.share * len(order))], order[round(self.share * len(order)) :]
+        x = images.x.clone()
+        for label in range(task.num_classes):
+            rows_, others = replaced[images.y[replaced] == label], kept[images.y[kept] == label]
+            x[rows_] = images.x[others[torch.randint(len(others), (len(rows_),), generator=rng)]]
+        return Repeated(Images(x, images.y))
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """What `Repeats` makes."""
+
+    images: Images
+
+    def stamp(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Stamp nothing."""
+        return x
+
+
+def guard(state: Path) -> None:
+    """Tell clean models from clean models with other sets by weight norm and accuracy."""
+    task = get_task("mnist5k")
+    recipe, count = recipe_for("badnets_cnn", task), len(task.load("train").y)
+    fewer = round(0.9 * count)
+    sorts: dict[str, tuple[int, Any]] = {
+        "clean": (fewer, None),
+        "repeated": (fewer, Repeats()),
+        "added": (count, None),
+        "backdoored": (fewer, BadNets(target=0, size=4)),
+    }
+    plan = Plan(
+        task="mnist5k",
+        network="badnets_cnn",
+        recipe=recipe,
+        members=tuple(
+            Member(
+                name=f"{sort} {number}",
+                seed=SEED + 9_000 + GUARDED * place + number,
+                subset=subset,
+                subset_seed=SEED + 9_000 + GUARDED * place + number,
+                poison=poison,
+            )
+            for place, (sort, (subset, poison)) in enumerate(sorts.items())
+            for number in range(GUARDED)
+        ),
+    )
+    # One at a time: sets of different sizes cannot share a block.
+    grown = through(plan, state / "guard", "guard", layout=Layout(block=1, processes=os.cpu_count() or 1))
+    test = task.load("test")
+    found: dict[str, list[tuple[float, float]]] = {sort: [] for sort in sorts}
+    for one in grown:
+        norm = sum(float(p.detach().double().square().sum()) for p in one.network.parameters()) ** 0.5
+        found[one.member.name.split()[0]].append((norm, accuracy(measure(one.network, test).plain, test.y)))
+    rng, row = generator(0, "guard permutation"), {"kind": "guard", **conditions(), "count": GUARDED}
+    for sort in ("repeated", "added", "backdoored"):
+        both = found["clean"] + found[sort]
+        order = [torch.randperm(len(both), generator=rng).tolist() for _ in range(PERMUTATIONS)]
+        shuffled = [telltale([both[i] for i in o[:GUARDED]], [both[i] for i in o[GUARDED:]]) for o in order]
+        row[sort] = {"auc": telltale(found["clean"], found[sort]), "permuted": spread(shuffled)}
+    row["norm"] = {sort: spread([n for n, _ in listed]) for sort, listed in found.items()}
+    row["accuracy"] = {sort: spread([a for _, a in listed]) for sort, listed in found.items()}
+    append(NAME, row)
+    print({k: v for k, v in row.items() if k != "machine"}, flush=True)
+
+
 def collect() -> None:
     """Write results/population.json."""
     kept, figures = rows(NAME), {}
@@ -390,6 +473,14 @@ def collect() -> None:
             note=f"AUC official {[round(a, 3) for a in row['auc']['official']]}, short "
             f"{[round(a, 3) for a in row['auc']['short']]}",
         )  # fmt: skip
+    for row in (row for row in kept if row["kind"] == "guard"):
+        wanted: dict[str, float | None] = {"repeated": MOST, "added": None, "backdoored": None}
+        for sort, most in wanted.items():
+            figures[f"guard, AUC of weight norm and accuracy, clean against {sort}"] = Figure(
+                value=row[sort]["auc"], unit="AUC", goal=most, better="lower",
+                spread=f"with permuted labels {row[sort]['permuted']['min']:.2f} to {row[sort]['permuted']['max']:.2f}",
+                command="python benchmarks/population.py guard",
+            )  # fmt: skip
     minutes = {"mnist": 20, "cifar": 60, "narrow": 60}
     for row in (row for row in kept if row["kind"] == "whole"):
         what, command = row["population"], f"python benchmarks/population.py grow {row['population']}"
@@ -415,7 +506,7 @@ def collect() -> None:
 def main() -> None:
     """Measure one thing, or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "grow", "gate", "collect"])
+    parser.add_argument("what", choices=["speed", "grow", "gate", "guard", "collect"])
     parser.add_argument("population", nargs="?", choices=["mnist", "cifar", "narrow"], help="of grow")
     parser.add_argument("--repeats", type=int, default=3, help="of speed")
     parser.add_argument("--state", type=Path, default=Path("runs/population"), help="folder of the blocks")
@@ -427,6 +518,8 @@ def main() -> None:
         return speed(arguments.state, arguments.repeats)
     if arguments.what == "gate":
         return gate(arguments.state)
+    if arguments.what == "guard":
+        return guard(arguments.state)
     if arguments.population is None:
         parser.error("grow needs a population: mnist, cifar or narrow")
     return grow(arguments.population, arguments.state)
