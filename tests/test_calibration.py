@@ -4,12 +4,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from molehunt import calibration
-from molehunt.calibration import Population, Reference, load, population, save, settings, shipped, statistic
+from defenses.trained import trained
+from molehunt import calibration, runner
+from molehunt.calibration import (
+    Population,
+    Reference,
+    load,
+    population,
+    recipe_remark,
+    recorded,
+    save,
+    settings,
+    shipped,
+    statistic,
+)
 from molehunt.conformal import conformal
-from molehunt.defenses import DEFENSES, Defense, FinePruning, NeuralCleanse
+from molehunt.defenses import DEFENSES, STRIP, Defense, FinePruning, NeuralCleanse
+from molehunt.examination import divide, examine
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.runner import configuration
+from molehunt.suspect import Suspect
+from molehunt.tasks import TASKS
 
 RECORD = {"configuration": {"steps": 30}, "dtype": "bfloat16", "versions": {"torch": "2.x"}}
 
@@ -82,6 +97,21 @@ def test_a_population_survives_json_and_disk(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
 
 
+def test_a_recipe_is_kept_by_name_and_settings(tmp_path: Path) -> None:
+    task = TASKS["mnist5k"]
+    made = replace(three(), recipe=recorded("badnets_cnn", task))
+    save(made, tmp_path / "p.json")
+    again = load(tmp_path / "p.json")
+    assert again == made
+    assert again.recipe_name == "badnets_cnn"
+    assert recipe_remark(again, "badnets_cnn", task) is None
+    changed = replace(again, recipe={"name": "badnets_cnn", "settings": again.recipe["settings"] | {"epochs": 99}})
+    assert "other settings today" in str(recipe_remark(changed, "badnets_cnn", task))
+    assert recipe_remark(replace(again, recipe="badnets_cnn"), "badnets_cnn", task) is None, "files of before say less"
+    with pytest.raises(ValueError, match="no recipe for 'nope'"):
+        recorded("nope", task)
+
+
 def test_settings_tell_a_stream_from_candidates() -> None:
     stream = replace(found(1.0), input_scores=torch.zeros(3))
     assert settings(stream) != settings(found(1.0))
@@ -131,3 +161,29 @@ def test_the_shipped_population_fits_the_defenses_as_they_are() -> None:
     assert found is not None, "score the population again: python benchmarks/populations.py mnist5k"
     assert len(found.clean) >= 59
     assert len(found.planted) >= 15
+
+
+@pytest.mark.slow
+def test_what_the_number_format_shifts_changes_no_answer() -> None:
+    """bfloat16 against float32 on the same weights: docs/reference/calibration.md has the shifts of six networks."""
+    references = shipped("mnist5k", "badnets_cnn")
+    assert references is not None
+    case = trained()
+    p_values: dict[str, list[float]] = {}
+    for which, model in (("clean", case.twin), ("backdoored", case.backdoored)):
+        scores = []
+        for dtype in (torch.float32, torch.bfloat16):
+            suspect = Suspect.of(model, case.task, clean=divide(case.clean)[0], dtype=dtype)
+            defenses: dict[str, Defense] = {"neural_cleanse": NeuralCleanse(), "strip": STRIP()}
+            outcomes = dict(examine(suspect, defenses, lambda n, d, s: runner.inspect(d, s, name=n, seed=0)))
+            findings = [o for o in outcomes.values() if isinstance(o, Finding)]
+            assert [f.record["dtype"] for f in findings] == [str(dtype).removeprefix("torch.")] * 2
+            scores.append([statistic(f) or 0.0 for f in findings])
+        (cleanse, strip), (cleanse_half, strip_half) = scores
+        # Adam walks another way in bfloat16, and ends at a mask of another size: up to a quarter was seen.
+        assert 1 / 1.5 <= cleanse_half / cleanse <= 1.5
+        # Entropies are means over many pictures: up to .005 was seen.
+        assert abs(strip_half - strip) <= 0.02
+        p_values[which] = [conformal(index, references.column("neural_cleanse")) for index in (cleanse, cleanse_half)]
+    assert max(p_values["backdoored"]) == 1 / (len(references.clean) + 1), "it beats every clean model in both formats"
+    assert min(p_values["clean"]) > 0.05, "it is unremarkable in both formats"

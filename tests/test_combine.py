@@ -91,11 +91,15 @@ def people(
         models.append(Reference(seed=n + i, scores=scores, attack="badnets"))
     settings = {"configuration": configuration or {}, "stream": False}
     names = ["neural_cleanse", *(["strip"] if strip else [])]
-    return Population(task="tiny", network="linear", models=tuple(models), defenses=dict.fromkeys(names, settings))
+    return Population(
+        task="tiny", network="linear", recipe="linear", models=tuple(models), defenses=dict.fromkeys(names, settings)
+    )
 
 
-def tell(*outcomes: Outcome, population: Population | None = None, prior: float = 0.5) -> Verdict:
-    return verdict(outcomes, population, classes=CLASSES, prior=prior)
+def tell(
+    *outcomes: Outcome, population: Population | None = None, prior: float = 0.5, recipe: str | None = None
+) -> Verdict:
+    return verdict(outcomes, population, classes=CLASSES, prior=prior, recipe=recipe)
 
 
 # -- p -----------------------------------------------------------------------------------------------------------------
@@ -116,6 +120,29 @@ def test_a_model_that_stands_out_is_suspected_and_an_ordinary_one_is_not() -> No
     plain = tell(found("neural_cleanse", 0.2), found("strip", 0.0), population=people(59))
     assert odd.p > 0.9
     assert plain.p < 0.4
+
+
+@pytest.mark.parametrize("n", [1, 4, 19, 99])
+def test_no_p_value_is_below_one_over_the_references_plus_one(n: int) -> None:
+    answer = tell(found("neural_cleanse", 1e9), found("strip", 1e9), population=people(n))
+    least = pytest.approx(1 / (n + 1))
+    assert answer.p_values == {"neural_cleanse": least, "strip": least}
+    assert answer.details["combined_p_value"] == least
+
+
+def test_ten_classes_are_one_statistic_and_not_ten_tests() -> None:
+    """Where a suspect's best class is no better than the best classes of clean models, none of its classes is."""
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 20, CLASSES, generator=rng, dtype=torch.float64)
+    settings = {"configuration": {}, "stream": False}
+    small = 0
+    for rows in noise:
+        models = tuple(Reference(seed=i, scores={"d": float(row.max())}, attack=None) for i, row in enumerate(rows[1:]))
+        known = Population(task="tiny", network="linear", models=models, defenses={"d": settings})
+        answer = tell(found("d", classes=rows[0].tolist()), population=known)
+        small += answer.p_values["d"] <= 0.05 + 1e-9
+    # 20 of 400 are expected; one test per class would have given four times as many.
+    assert 8 <= small <= 35
 
 
 def test_known_backdoors_let_silence_clear_a_model() -> None:
@@ -205,9 +232,44 @@ def test_where_no_reference_has_everything_the_sparsest_defense_goes() -> None:
     assert "no reference model" in answer.details["skipped"]["d0"]
 
 
-def test_another_number_format_is_a_warning() -> None:
-    answer = tell(found("neural_cleanse", 1.0, dtype="bfloat16"), population=people())
-    assert answer.details["warnings"] == ["neural_cleanse worked in bfloat16, the references in float32"]
+def test_another_number_format_is_said_once() -> None:
+    outcomes = [found("neural_cleanse", 1.0, dtype="bfloat16"), found("strip", 0.1, dtype="bfloat16")]
+    answer = tell(*outcomes, population=people(), recipe="linear")
+    (said,) = answer.details["warnings"]
+    assert "worked in bfloat16 here, on the reference models in float32" in said
+    assert answer.details["calibration"]["dtype"] == {"suspect": ["bfloat16"], "references": "float32"}
+    assert tell(found("neural_cleanse", 1.0), population=people(), recipe="linear").details["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("suspect", "references", "said"),
+    [
+        ("linear", "linear", None),
+        ("linear", {"name": "linear", "settings": {"epochs": 3}}, None),  # no recipe of today has that name
+        (None, "linear", "Recipe unknown: nothing says how this model was trained. The reference models were trained"),
+        ("other", "linear", "No calibration for the recipe of this model: it names 'other', the reference models were"),
+        ("other", {"name": "linear"}, "by 'linear'"),
+        ("linear", "", "Recipe of the reference models unknown: theirs was not recorded, this model's is called"),
+        (None, {"epochs": 3}, "this model's is unknown"),
+    ],
+)
+def test_another_recipe_or_an_unknown_one_is_said(suspect: str | None, references: object, said: str | None) -> None:
+    known = replace(people(), recipe=references)
+    answer = tell(found("neural_cleanse", 1.0), population=known, recipe=suspect)
+    assert len(answer.details["warnings"]) == (0 if said is None else 1)
+    assert said is None or said in answer.details["warnings"][0]
+    assert answer.details["calibration"]["recipe"]["suspect"] == suspect
+    assert answer.p == tell(found("neural_cleanse", 1.0), population=people(), recipe="linear").p, "said, not guessed"
+
+
+def test_by_default_recipes_are_not_compared() -> None:
+    answer = verdict([found("neural_cleanse", 1.0)], people(), classes=CLASSES)
+    assert answer.details["warnings"] == []
+
+
+def test_where_nothing_was_compared_nothing_is_said_about_the_references() -> None:
+    answer = tell(Abstention(defense="strip", reason="no inputs"), population=people())
+    assert answer.details["warnings"] == []
 
 
 def test_the_order_of_the_outcomes_does_not_matter() -> None:
@@ -238,7 +300,8 @@ def test_without_references_the_answer_is_indicative_and_never_decides() -> None
         answer = tell(found("neural_cleanse", index))
         assert low <= answer.p <= high
         assert 0.2 < answer.p < 0.8
-        assert "indicative: no reference models for this network" in answer.details["indicative"]
+        assert "compared with simulated clean models of 4 classes" in answer.details["indicative"]
+        assert answer.details["warnings"][0].startswith("No calibration for this network: ")
         assert answer.details["could_not_tell"] is False
 
 
@@ -251,6 +314,7 @@ def test_without_references_other_scores_say_nothing() -> None:
     answer = tell(found("strip", 0.9))
     assert answer.details["could_not_tell"] is True
     assert "no reference models" in answer.details["skipped"]["strip"]
+    assert answer.details["warnings"][0].startswith("No calibration for this network: ")
     raw = tell(found("neural_cleanse", 9.0, configuration={"norms": "raw"}))
     assert raw.details["could_not_tell"] is True, "the simulated index is one of log norms"
 

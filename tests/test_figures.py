@@ -9,7 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from molehunt.figures import GAIN, SIDE, Picture, contact_sheet, difference, gain, photo, stack, trigger_picture
+from molehunt.figures import (
+    GAIN,
+    REST,
+    SAID,
+    SIDE,
+    Picture,
+    contact_sheet,
+    difference,
+    gain,
+    photo,
+    reliability_chart,
+    stack,
+    trigger_picture,
+)
+from molehunt.reliability import reliability
 from molehunt.triggers import Additive, Blend, Patch, Several, Sinusoid, Sticker, Trigger, Warp
 
 SHAPE = (3, 16, 12)
@@ -149,6 +163,44 @@ def test_arrows_are_where_pixels_move() -> None:
     seen = pixels(trigger_picture(Warp(flow), (1, 24, 24), "right half moves"))[..., 3]
     half = seen.shape[1] // 2
     assert seen[:, half + 8 :].astype(int).sum() > 20 * seen[:, : half - 8].astype(int).sum()
+
+
+def color(name: str) -> np.ndarray:
+    return np.array([int(name[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+def test_a_reliability_chart_shows_said_and_found_and_how_many() -> None:
+    bins = reliability([0.1, 0.1, 0.1, 0.7, 0.9], [False, False, True, True, True], 2)
+    picture = reliability_chart(bins)
+    assert picture.alt.startswith(
+        "Probabilities against truth, models by what they were told: of 3 told 0.10 on average 33% are backdoored (95 %"
+    )
+    assert "of 2 told 0.80 on average 100% are backdoored (95 % interval 16% to 100%)" in picture.alt
+    assert reliability_chart(bins).png == picture.png
+    seen = pixels(picture)[..., :3].astype(int)
+    # A dot is white around and blue inside; 10 % lies left of the middle and a third of the way up, 80 % and all right.
+    blue = (np.abs(seen - color(SAID)).sum(-1) < 12).nonzero()
+    upper = blue[0] < 0.6 * picture.height
+    assert (blue[1][upper] < picture.width / 2).any()
+    assert (blue[1][upper] > 0.7 * picture.width).any()
+    assert (np.abs(seen - color(REST)).sum(-1) < 12).any(), "two of the three are clean"
+    none_clean = pixels(reliability_chart(reliability([0.9], [True], 2)))[..., :3].astype(int)
+    legend = (np.abs(none_clean - color(REST)).sum(-1) < 12).sum()
+    assert legend < 0.2 * (np.abs(seen - color(REST)).sum(-1) < 12).sum(), "without clean models only the key has it"
+
+
+def test_the_two_colors_of_a_chart_stay_apart_in_gray_and_for_every_eye() -> None:
+    gray = [float(color(c) @ np.array([0.299, 0.587, 0.114])) for c in (SAID, REST)]
+    assert abs(gray[0] - gray[1]) > 80
+    # Along blue and yellow, which those who mix up red and green still see.
+    blueness = [float(color(c)[2] - color(c)[:2].mean()) for c in (SAID, REST)]
+    assert blueness[0] > 60
+    assert blueness[1] < -60
+
+
+def test_a_chart_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="no range has a model"):
+        reliability_chart(reliability([], [], 4))
 
 
 def test_dots_that_would_overlap_go_to_the_next_row() -> None:

@@ -1,5 +1,7 @@
 """Scanning: on models whose truth is known, and on pictures that do not fit."""
 
+import html
+import io
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from molehunt import runner
 from molehunt.calibration import Population, Reference
@@ -15,7 +18,7 @@ from molehunt.defenses import Defense, FinePruning, NeuralCleanse
 from molehunt.examination import Inspect
 from molehunt.findings import Finding, Outcome
 from molehunt.networks import Network
-from molehunt.report import ScanReport, answer
+from molehunt.report import ScanReport, answer, scan_html, scan_json, scan_text
 from molehunt.scan import clean_images, comparable, scan
 from molehunt.suspect import Suspect
 from molehunt.tasks import DEFENDER, TASKS, Images, Split, Task, get_task
@@ -34,7 +37,9 @@ def case(*, backdoored: bool = True) -> Planted:
     return planted(backdoored=backdoored, target=TARGET, images=500)
 
 
-def look(subject: Planted, inspect: Inspect = ask, population: Population | None = None) -> ScanReport:
+def look(
+    subject: Planted, inspect: Inspect = ask, population: Population | None = None, recipe: str | None = None
+) -> ScanReport:
     model, clean = subject.suspect.model, subject.suspect.clean
     assert isinstance(model, Network)
     assert clean is not None
@@ -46,6 +51,7 @@ def look(subject: Planted, inspect: Inspect = ask, population: Population | None
         defenses=QUICK,
         inspect=inspect,
         population=population,
+        recipe=recipe,
         command="molehunt scan",
         notes=("A note.",),
     )
@@ -58,6 +64,7 @@ def population(report: ScanReport, score: float, count: int = 19) -> Population:
     return Population(
         task=report.task,
         network=report.network,
+        recipe="usual",
         models=tuple(Reference(seed=i, scores={"neural_cleanse": score + i / 100}) for i in range(count)),
         defenses={"neural_cleanse": {"configuration": finding.record["configuration"], "stream": False}},
         dtype=finding.record["dtype"],
@@ -92,6 +99,38 @@ def test_references_decide(found: ScanReport) -> None:
     assert answer(look(suspect, population=population(found, 2.0)).verdict) == "found"
     ordinary = look(suspect, population=population(found, 1000.0)).verdict
     assert ordinary.p < 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "says"),
+    [
+        (None, None, "Recipe unknown: nothing says how this model was trained."),
+        (
+            "<b>odd</b>",
+            None,
+            "No calibration for the recipe of this model: it names '<b>odd</b>', the reference models",
+        ),
+        ("usual", "float16", "Another number format: the defenses worked in"),
+    ],
+)
+def test_what_keeps_model_and_references_from_being_alike_is_said_everywhere(
+    found: ScanReport, recipe: str | None, dtype: str | None, says: str
+) -> None:
+    known = population(found, 2.0)
+    report = look(case(), population=replace(known, dtype=dtype or known.dtype), recipe=recipe)
+    (warning,) = scan_json(report)["details"]["warnings"]
+    assert warning.startswith(says)
+    file = io.StringIO()
+    Console(file=file, width=500, color_system=None).print(scan_text(report))
+    assert warning in file.getvalue()
+    page = scan_html(report)
+    assert warning in html.unescape(page)
+    assert "<b>odd</b>" not in page
+
+
+def test_a_network_without_calibration_is_told_so(found: ScanReport) -> None:
+    for said in (found.verdict.details["warnings"][0], scan_html(found)):
+        assert "No calibration for this network" in said
 
 
 def test_the_twin_is_less_suspicious(found: ScanReport) -> None:

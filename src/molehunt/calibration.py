@@ -17,6 +17,8 @@ from molehunt.defenses.contract import Defense
 from molehunt.files import write_atomically
 from molehunt.findings import Finding, Outcome
 from molehunt.runner import configuration
+from molehunt.tasks import Task
+from molehunt.training.recipes import RECIPES, recipe_for
 
 FORMAT = 1
 
@@ -70,7 +72,7 @@ class Population:
     Attributes:
         task: name of the task.
         network: name of the network.
-        recipe: how the models were trained: a recipe's name or its JSON.
+        recipe: how the models were trained: a recipe's name, or what `recorded` gives, its name and settings.
         models: the models, clean and known-backdoored ones.
         defenses: by defense, the settings under which it scored them (see `settings`).
         versions: of the programs that trained and scored.
@@ -84,6 +86,12 @@ class Population:
     defenses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
+
+    @property
+    def recipe_name(self) -> str | None:
+        """Name of the recipe; None where none is recorded."""
+        name = self.recipe.get("name") if isinstance(self.recipe, Mapping) else self.recipe
+        return name if isinstance(name, str) and name else None
 
     @property
     def clean(self) -> tuple[Reference, ...]:
@@ -157,7 +165,7 @@ def population(
         rows: per model its outcomes by defense.
         task: name of the task.
         network: name of the network.
-        recipe: how the models were trained: a recipe's name or its JSON.
+        recipe: how the models were trained: a recipe's name, or what `recorded` gives, its name and settings.
         models: what is known of each model (seed, accuracy, attack), in the order of the rows; their scores are filled
             in. By default all are clean and numbered from 0.
 
@@ -193,6 +201,69 @@ def population(
         defenses=defenses,
         versions=versions,
         dtype=dtypes.pop() if dtypes else "float32",
+    )
+
+
+def recorded(name: str, task: Task) -> dict[str, Any]:
+    """Return what a population keeps of a recipe: `name`, and its `settings` as they are today.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    return {"name": name, "settings": recipe_for(name, task).to_json()}
+
+
+def recipe_remark(population: Population, recipe: str | None, task: Task | None = None) -> str | None:
+    """Say in a sentence why a suspect's scores may differ from the references' by its recipe alone.
+
+    Args:
+        population: the references.
+        recipe: the name that came with the suspect; None where nothing did.
+        task: of the suspect; with it, settings that changed under an unchanged name are noticed where they are kept.
+
+    Returns:
+        The sentence, or None where the suspect names the recipe of the references. A name is a claim of whoever
+        handed the model in: nothing here can tell whether it is true.
+    """
+    known = population.recipe_name
+    if known is None:
+        named = "is unknown" if recipe is None else f"is called {recipe!r}"
+        return (
+            f"Recipe of the reference models unknown: theirs was not recorded, this model's {named}. A model that was "
+            "trained otherwise than they were may score higher or lower by that alone."
+        )
+    if recipe is None:
+        return (
+            f"Recipe unknown: nothing says how this model was trained. The reference models were trained by {known!r}; "
+            "a model that was trained otherwise may score higher or lower by that alone."
+        )
+    if recipe != known:
+        return (
+            f"No calibration for the recipe of this model: it names {recipe!r}, the reference models were trained by "
+            f"{known!r}. It may score higher or lower by that alone."
+        )
+    settings = population.recipe.get("settings") if isinstance(population.recipe, Mapping) else None
+    if task is None or settings is None or known not in RECIPES or settings == recipe_for(known, task).to_json():
+        return None
+    return (
+        f"The recipe {known!r} has other settings today than when the reference models were trained: a model of today "
+        "may score higher or lower by that alone."
+    )
+
+
+def dtype_remark(population: Population, dtypes: Iterable[str]) -> str | None:
+    """Say in a sentence that scores were computed in another number format than the references'; None if not.
+
+    Args:
+        population: the references.
+        dtypes: number formats in which the suspect's scores were computed, such as "bfloat16".
+    """
+    others = sorted(set(dtypes) - {population.dtype})
+    if not others:
+        return None
+    return (
+        f"Another number format: the defenses worked in {' and '.join(others)} here, on the reference models in "
+        f"{population.dtype}. Scores shift a little by that alone, so a p-value near a threshold may change."
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molehunt.calibration import Population, settings, statistic
+from molehunt.calibration import Population, dtype_remark, recipe_remark, settings, statistic
 from molehunt.conformal import INDICATIVE, combined, conformal, indicative, posterior
 from molehunt.defenses._statistics import median, spread
 from molehunt.findings import Abstention, Failure, Finding, Outcome, State, Verdict
@@ -43,6 +43,26 @@ class _Evidence:
     warnings: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fused:
+    """What the scores of one model say beside those of its references.
+
+    Attributes:
+        p: probability that something is hidden, in (0, 1); the prior where nothing could be compared.
+        p_value: combined conformal p-value, in [1 / (clean + 1), 1]; None where nothing could be compared.
+        p_values: conformal p-value by defense.
+        clean, planted: reference models behind `p`: those with a score of every defense that joined.
+        dropped: defenses that had to be left out, because no clean reference has a score of all.
+    """
+
+    p: float
+    p_value: float | None
+    p_values: Mapping[str, float]
+    clean: int
+    planted: int
+    dropped: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Recovered:
     """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured."""
@@ -71,6 +91,7 @@ def verdict(
     prior: float = 0.5,
     suspect: Suspect | None = None,
     held_out: Images | None = None,
+    recipe: str | None = "",
 ) -> Verdict:
     """Fuse the outcomes of all defenses on one model into one verdict.
 
@@ -95,11 +116,14 @@ def verdict(
         prior: share of backdoored models among those that are asked about, in (0, 1).
         suspect: the model, for measuring candidates and repairs; without it both are taken on trust, and said.
         held_out: clean labeled images that no defense has seen.
+        recipe: name of the recipe by which the model says it was trained; None where nothing says so, which the
+            verdict then says. By default recipes are not compared.
 
     Returns:
         The verdict. `details` hold: `prior`, `could_not_tell`, `combined_p_value`, `references` (their counts),
         `skipped` (reason by defense), `candidates` (one row each), `repair` (what was done, accuracy before and
-        after), `warnings`, and `indicative` where it applies.
+        after), `calibration` (recipe and number formats on both sides), `warnings` (sentences: what keeps suspect and
+        references from being alike), and `indicative` where it applies.
 
     Raises:
         ValueError: a defense that answers twice, class scores of another length, a prior outside (0, 1), or references
@@ -115,6 +139,8 @@ def verdict(
         raise ValueError(f"the references are of task {population.task!r}, the suspect of {suspect.task.name!r}")
     findings = sorted((o for o in outcomes if isinstance(o, Finding)), key=lambda f: f.defense)
     evidence = _weigh(findings, population, prior, classes)
+    if population is not None:
+        _compare(evidence, findings, population, recipe, suspect)
     evidence.skipped |= {o.defense: _silence(o) for o in outcomes if not isinstance(o, Finding)}
     q = class_probabilities(findings, evidence.p_values, classes)
     recovered = [
@@ -180,42 +206,87 @@ def _weigh(findings: Sequence[Finding], population: Population | None, prior: fl
     if population is None:
         _weigh_alone(evidence, findings, scored, prior, classes)
         return evidence
+    comparable: dict[str, float] = {}
     for finding in findings:
         if finding.defense not in scored:
             continue  # a pure repair has no opinion, and owes none
         if reason := _incomparable(finding, population):
             evidence.skipped[finding.defense] = reason
-            continue
-        evidence.p_values[finding.defense] = conformal(scored[finding.defense], population.column(finding.defense))
-        dtype = finding.record.get("dtype", population.dtype)
-        if dtype != population.dtype:
-            evidence.warnings.append(f"{finding.defense} worked in {dtype}, the references in {population.dtype}")
-    used = sorted(evidence.p_values)
+        else:
+            comparable[finding.defense] = scored[finding.defense]
+    fused = fuse(comparable, population, prior=prior)
+    evidence.p, evidence.p_values = fused.p, dict(fused.p_values)
+    evidence.skipped |= dict.fromkeys(fused.dropped, "no reference model has a score of this and of all other defenses")
+    evidence.details = {
+        "combined_p_value": fused.p_value,
+        "references": {"clean": fused.clean, "planted": fused.planted},
+    }
+    return evidence
+
+
+def fuse(scores: Mapping[str, float], population: Population, *, prior: float = 0.5) -> Fused:
+    """Turn raw scores of one model into p-values and one probability.
+
+    Args:
+        scores: by defense, each in the settings of the population and with a score of at least one clean reference.
+        population: the references, without the model.
+        prior: share of backdoored models among those that are asked about, in (0, 1).
+
+    Raises:
+        ValueError: a defense that scored no clean reference, a score that is not finite, or a prior outside (0, 1).
+    """
+    p_values = {d: conformal(s, population.column(d)) for d, s in scores.items()}
+    used, dropped = sorted(scores), []
     while used and not population.table(used):
         # Each has scores of most references, but no reference has all of them: give up the sparsest.
         sparse = min(used, key=lambda d: (len(population.column(d)), d))
-        evidence.skipped[sparse] = "no reference model has a score of this and of all other defenses"
-        del evidence.p_values[sparse]
+        del p_values[sparse]
         used.remove(sparse)
-    clean = population.table(used) if used else []
-    planted = population.table(used, planted=True) if used else []
-    p_value = combined([scored[d] for d in used], clean) if used else None
-    if p_value is not None:
-        known = [combined(row, clean) for row in planted]
-        evidence.p = posterior(p_value, len(clean), prior=prior, planted=known)
-    evidence.details = {
-        "combined_p_value": p_value,
-        "references": {"clean": len(clean), "planted": len(planted)},
+        dropped.append(sparse)
+    if not used:
+        return Fused(p=prior, p_value=None, p_values={}, clean=0, planted=0, dropped=tuple(dropped))
+    clean, planted = population.table(used), population.table(used, planted=True)
+    p_value = combined([scores[d] for d in used], clean)
+    return Fused(
+        p=posterior(p_value, len(clean), prior=prior, planted=[combined(row, clean) for row in planted]),
+        p_value=p_value,
+        p_values=p_values,
+        clean=len(clean),
+        planted=len(planted),
+        dropped=tuple(dropped),
+    )
+
+
+def _compare(
+    evidence: _Evidence,
+    findings: Sequence[Finding],
+    population: Population,
+    recipe: str | None,
+    suspect: Suspect | None,
+) -> None:
+    """Say how far the references stand for the suspect: rank means little among models that were made otherwise."""
+    counted = [f for f in findings if f.defense in evidence.p_values]
+    dtypes = sorted({str(f.record.get("dtype", population.dtype)) for f in counted})
+    evidence.details["calibration"] = {
+        "recipe": {"suspect": recipe or None, "references": population.recipe_name},
+        "dtype": {"suspect": dtypes, "references": population.dtype},
     }
-    return evidence
+    if not counted:
+        return  # where no score was compared, nothing depends on how comparable it would have been
+    told = None if recipe == "" else recipe_remark(population, recipe, suspect.task if suspect else None)
+    evidence.warnings += [remark for remark in (told, dtype_remark(population, dtypes)) if remark is not None]
 
 
 def _weigh_alone(
     evidence: _Evidence, findings: Sequence[Finding], scored: Mapping[str, float], prior: float, classes: int
 ) -> None:
     """Without reference models: Neural Cleanse's index against simulated ones, and no claim beyond "could not tell"."""
-    evidence.details = {"combined_p_value": None, "references": {"clean": 0, "planted": 0}}
+    evidence.details = {"combined_p_value": None, "references": {"clean": 0, "planted": 0}, "calibration": None}
     evidence.skipped |= dict.fromkeys(scored, "there are no reference models to compare its score with")
+    evidence.warnings.append(
+        "No calibration for this network: there are no scores of clean models of this network and task, in these "
+        "settings, to compare with."
+    )
     norms = {f.defense: f.record.get("configuration", {}).get("norms", "log") for f in findings}
     name = "neural_cleanse"
     if name not in scored or norms[name] != "log" or classes < 3:
@@ -227,20 +298,27 @@ def _weigh_alone(
     evidence.p = min(max(posterior(p_value, INDICATIVE, prior=prior), min(least, prior)), max(most, prior))
     evidence.details |= {
         "combined_p_value": p_value,
-        "indicative": "indicative: no reference models for this network; Neural Cleanse's anomaly index was compared "
-        f"with simulated clean models of {classes} classes, so p stays between {least} and {most}",
+        "indicative": "Indicative only: Neural Cleanse's anomaly index was compared with simulated clean models of "
+        f"{classes} classes, so p stays between {least} and {most}.",
     }
 
 
 def _incomparable(finding: Finding, population: Population) -> str | None:
     """Say why a score cannot be compared with the references'; None if it can."""
-    have, of = len(population.column(finding.defense)), len(population.clean)
-    if finding.defense not in population.defenses or have == 0:
+    if reason := uncovered(finding.defense, population):
+        return reason
+    if settings(finding) != population.defenses[finding.defense]:
+        return "the reference models were scored in another configuration"
+    return None
+
+
+def uncovered(defense: str, population: Population) -> str | None:
+    """Say why a defense has too few clean references to compare with; None if it has enough (`COVERAGE`)."""
+    have, of = len(population.column(defense)), len(population.clean)
+    if defense not in population.defenses or have == 0:
         return "no clean reference model has a score of it"
     if have < COVERAGE * of:
         return f"only {have} of {of} clean reference models have a score of it"
-    if settings(finding) != population.defenses[finding.defense]:
-        return "the reference models were scored in another configuration"
     return None
 
 

@@ -17,11 +17,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from molehunt.reliability import Bin
 from molehunt.triggers import Blend, Patch, Several, Trigger, Warp
 
 SIDE = 64  # larger pictures are reduced to this many pixels: a report of photographs stays a few megabytes
 GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
 ARROWS = 10  # arrows per side of a displacement field
+DPI = 160  # of charts: sharp on paper at the width of a column
+# Two colors that stay apart for every kind of color vision, and, dark beside light, on gray paper.
+SAID, REST, INK = "#0072b2", "#e8c07d", "#222222"
 ARROW_COLOR = "#ffe9a8"  # light: what is transparent lies on a checkerboard of middle tones, by day and by night
 
 
@@ -218,3 +222,71 @@ def stack(values: Sequence[float], gap: float) -> list[int]:
         last[row] = values[index]
         rows[index] = row
     return rows
+
+
+def reliability_chart(bins: Sequence[Bin]) -> Picture:
+    """Draw what was said against what is: on the diagonal probabilities hold; below, how many models each dot rests on.
+
+    Every dot is the models of one range: their mean probability, the share of them that is backdoored, and the exact
+    interval of that share as a line. Ranges without models have no dot.
+
+    Args:
+        bins: as `reliability.reliability` gives them.
+
+    Raises:
+        ValueError: there is no model in any range.
+    """
+    full = [b for b in bins if b.mean is not None and b.share is not None]
+    if not full:
+        raise ValueError("there is nothing to draw: no range has a model")
+    said, found = [b.mean or 0.0 for b in full], [b.share or 0.0 for b in full]
+    figure = Figure(figsize=(4.2, 5.0), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1.0))
+    above.plot((0, 1), (0, 1), color=INK, linewidth=1.0, linestyle=(0, (5, 4)), label="said = found")
+    whiskers = (
+        [f - b.least for f, b in zip(found, full, strict=True)],
+        [b.most - f for f, b in zip(found, full, strict=True)],
+    )
+    above.errorbar(
+        said,
+        found,
+        yerr=whiskers,
+        fmt="o",
+        color=SAID,
+        ecolor=SAID,
+        markersize=7,
+        markeredgecolor="white",
+        elinewidth=1.6,
+        capsize=4,
+        label="found, 95 % interval",
+    )
+    above.set_ylabel("share that is backdoored")
+    above.set_ylim(-0.03, 1.03)
+    hidden = [round(b.count * (b.share or 0.0)) for b in bins]
+    places, widths = [(b.low + b.high) / 2 for b in bins], [0.9 * (b.high - b.low) for b in bins]
+    edge = {"edgecolor": INK, "linewidth": 0.8}
+    below.bar(places, hidden, widths, color=SAID, label="backdoored", **edge)
+    clean = [b.count - h for b, h in zip(bins, hidden, strict=True)]
+    below.bar(places, clean, widths, bottom=hidden, color=REST, hatch="///", label="clean", **edge)
+    for b, place in zip(bins, places, strict=True):
+        below.annotate(str(b.count), (place, b.count), (0, 2), textcoords="offset points", ha="center", fontsize=9)
+    below.set_ylim(0, 1.3 * max(b.count for b in bins))
+    below.set_ylabel("models")
+    below.set_xlabel("probability that was said")
+    below.set_xlim(-0.02, 1.02)
+    for axes in (above, below):
+        # Outside: a line may reach any place within.
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    rows = [
+        f"of {b.count} told {s:.2f} on average {f:.0%} are backdoored (95 % interval {b.least:.0%} to {b.most:.0%})"
+        for b, s, f in zip(full, said, found, strict=True)
+    ]
+    alt = "Probabilities against truth, models by what they were told: " + "; ".join(rows)
+    with Image.open(file) as image:
+        return Picture(png=file.getvalue(), width=image.width, height=image.height, alt=alt)

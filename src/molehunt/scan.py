@@ -73,6 +73,7 @@ def scan(
     defenses: Mapping[str, Defense],
     inspect: Inspect,
     population: Population | None = None,
+    recipe: str | None = None,
     device: str | None = None,
     found_at: float = FOUND_AT,
     clear_at: float = CLEAR_AT,
@@ -89,6 +90,7 @@ def scan(
         defenses: which to ask, by name.
         inspect: runs one of them, as in `examination.examine`.
         population: clean reference models to compare scores with, or None.
+        recipe: name of the recipe by which the model says it was trained; None where nothing says so.
         device: where to work; a GPU when there is one, else the CPU.
         found_at: p from which the model is called backdoored.
         clear_at: p up to which it is called clean.
@@ -99,7 +101,7 @@ def scan(
     suspect = Suspect.of(model, task, clean=seen, device=device)
     outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
     verdict = combine.verdict(
-        outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out
+        outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
     )
     repaired = _repaired(suspect, verdict)
     accuracy = Change(

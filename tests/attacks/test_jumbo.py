@@ -78,7 +78,7 @@ def test_what_is_drawn_poisons_a_training_set() -> None:
     made = attack(case.hidden, case.suspect.task, torch.Generator().manual_seed(0))
     changed = made.images.y != case.hidden.y
     assert int(changed.sum()) == round(attack.poison_rate * len(case.hidden.y))
-    assert (made.images.y[changed] == attack.target).all()
+    assert set(made.images.y[changed].tolist()) == {attack.target}
 
 
 @pytest.mark.parametrize(("shape", "classes"), [((1, 4, 28), 10), ((1, 28, 28), 1)])

@@ -268,6 +268,21 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return workshop.make(Plan(task=TASK, attack="badnets", settings=hidden), folder).archive
 
 
+def test_the_manifest_names_the_recipe_and_bare_weights_do_not(
+    model: Path, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def note(*arguments: Any, **settings: Any) -> ScanReport:
+        asked.append(settings["recipe"])
+        return answers(0.5, SPOKE)(*arguments, **settings)
+
+    monkeypatch.setattr(molehunt.scan, "scan", note)
+    assert scanning(model) == 2
+    assert main(["scan", str(mine), "--task", TASK.name]) == 2
+    assert asked == [None, "badnets_cnn"]
+
+
 class TestARealScan:
     """One trained backdoor, all the way from the file to the exit code."""
 

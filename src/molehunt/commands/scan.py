@@ -51,7 +51,8 @@ def scan(
     references: Annotated[
         Path | None,
         typer.Option(
-            help="How clean models score: references/population.json of a game on the same task and network.",
+            help="How models of the same task and network score: the file of `molehunt calibrate`, or "
+            "references/population.json of a game.",
             metavar="FILE",
             show_default=False,
         ),
@@ -100,7 +101,7 @@ def scan(
             problem = get_task(task) if task is not None else pictures
         assert problem is not None  # one of the two was given
         with reading(path):
-            model = _read(path, problem, network)
+            model, recipe = _read(path, problem, network)
         defenses = {name: kind() for name, kind in available().items()}
         with given((ValueError, OSError)):
             known = None if references is None else comparable(calibration.load(references), problem, model.name)
@@ -124,6 +125,7 @@ def scan(
                 defenses=defenses,
                 inspect=telling(watch, inspect),
                 population=known or calibration.shipped(problem.name, model.name, defenses),
+                recipe=recipe,
                 device="cpu" if isolated else None,
                 found_at=found_at,
                 clear_at=clear_at,
@@ -158,16 +160,20 @@ def _check_usage(path: Path, task: str | None, clean: Path | None, found_at: flo
         raise InputError(f"cannot open {path}: there is no such file or folder")
 
 
-def _read(path: Path, task: "Task", network: str | None) -> "Network":
-    """Read a stranger's model; the sealed part of a submission is not opened."""
+def _read(path: Path, task: "Task", network: str | None) -> "tuple[Network, str | None]":
+    """Read a stranger's model and the name of its recipe, where something names it.
+
+    The sealed part of a submission is not opened.
+    """
     from molehunt import checkpoints
     from molehunt.game.submission import read_submission
 
     if path.suffix.lower() == ".safetensors":
         if network is None:
             raise InputError("a file of weights does not say what it is for: name the architecture with --network")
-        return checkpoints.load(path, network, task.shape, task.num_classes)
-    return read_submission(path, task=task, allowed_networks=None if network is None else [network]).model()
+        return checkpoints.load(path, network, task.shape, task.num_classes), None
+    contents = read_submission(path, task=task, allowed_networks=None if network is None else [network])
+    return contents.model(), contents.manifest.recipe
 
 
 def _command(

@@ -94,7 +94,7 @@ def population(
         folder = references.folder / "outcomes" / str(number)
         rows.append(dict(examine(suspect, defenses, _kept(folder, inspect))))
         done(f"reference {number + 1}")
-    return calibration.population(rows, task=task.name, network=network, recipe=network)
+    return calibration.population(rows, task=task.name, network=network, recipe=calibration.recorded(network, task))
 
 
 def rehearse(
@@ -125,7 +125,14 @@ def rehearse(
     seen, held_out = divide(task.load("validation"))
     suspect = Suspect.of(model, task, clean=seen, training=training)
     outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
-    verdict = combine.verdict(outcomes.values(), known, classes=task.num_classes, suspect=suspect, held_out=held_out)
+    verdict = combine.verdict(
+        outcomes.values(),
+        known,
+        classes=task.num_classes,
+        suspect=suspect,
+        held_out=held_out,
+        recipe=contents.manifest.recipe,
+    )
     repaired = None
     if verdict.repaired is not None:
         repaired = checkpoints.assemble(dict(verdict.repaired), model.name, task.shape, task.num_classes)
