@@ -1,9 +1,9 @@
-"""AUC by hand, an interval that covers it, and scores that say nothing."""
+"""AUC by hand, intervals that cover, and scores that say nothing."""
 
 import pytest
 import torch
 
-from molehunt.bank.judgement import judge
+from molehunt.bank.judgement import alarms, judge
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -38,3 +38,41 @@ def test_what_has_no_auc_is_refused() -> None:
         judge([1.0], [1.0, 2.0], rng())
     with pytest.raises(ValueError, match="finite"):
         judge([1.0, float("nan")], [1.0, 2.0], rng())
+
+
+class TestFalseAlarms:
+    def test_a_case_worked_by_hand(self) -> None:
+        # Of 39 references two may score at least as high: 2 = 0.05 * 40, counting the model itself.
+        references = [float(i) for i in range(39)]
+        found = alarms(references, [36.5, 37.5, 38.5, 0.0])
+        assert found is not None
+        assert (found.count, found.models, found.references) == (2, 4, 39)
+
+    def test_too_few_references_can_give_no_such_p_value(self) -> None:
+        assert alarms([0.0] * 18, [1.0]) is None
+        assert alarms([0.0] * 19, [1.0]) is not None
+
+    def test_the_interval_covers_as_often_as_it_says(self) -> None:
+        inside = 0
+        for seed in range(200):
+            drawn = torch.randn(199, generator=rng(seed)).tolist()
+            found = alarms(drawn[:99], drawn[99:])
+            assert found is not None
+            inside += found.expected
+        # 95 % of 200, less three standard deviations; discreteness makes it somewhat more than 95 %.
+        assert inside >= 181
+
+    def test_a_defense_that_scores_other_models_higher_is_caught(self) -> None:
+        drawn = torch.randn(199, generator=rng())
+        found = alarms(drawn[:99].tolist(), (drawn[99:] + 2.0).tolist())
+        assert found is not None
+        assert not found.expected
+        assert found.count > found.high
+
+    def test_what_cannot_be_counted_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="got 1"):
+            alarms([0.0] * 20, [0.0], level=1.0)
+        with pytest.raises(ValueError, match="no clean models"):
+            alarms([0.0] * 20, [])
+        with pytest.raises(ValueError, match="finite"):
+            alarms([0.0] * 20, [float("nan")])

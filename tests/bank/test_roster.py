@@ -1,13 +1,18 @@
 """Who is in the bank: partitions share no seed, recipe or trigger, and families have equal shares."""
 
+import hashlib
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from molehunt.attacks import Poisoned
-from molehunt.bank.roster import CLEAN, FAMILIES, OPAQUE, PARTITIONS, SIZES, EasyClass, Entry, entries
-from molehunt.tasks import Images, get_task
+from molehunt.attacks import BadNets, Blended, Poisoned
+from molehunt.bank import roster
+from molehunt.bank.roster import CLEAN, FAMILIES, OPAQUE, PARTITIONS, SIZES, EasyClass, Entry, entries, families
+from molehunt.game.gates import budget
+from molehunt.tasks import TASKS, Images, get_task
+from molehunt.triggers import Patch
 
 BANK = entries("mnist5k", "badnets_cnn")
 
@@ -15,6 +20,19 @@ BANK = entries("mnist5k", "badnets_cnn")
 def few() -> Images:
     images = get_task("mnist5k").load("train")
     return Images(images.x[:300], images.y[:300])
+
+
+def drawn(task: str, count: int = 300) -> Images:
+    """Pictures of random values, for what does not depend on them: a task whose data are not here will do."""
+    rng = torch.Generator().manual_seed(0)
+    return Images(torch.rand(count, *TASKS[task].shape, generator=rng), torch.arange(count) % TASKS[task].num_classes)
+
+
+def poisoned(entry: Entry, images: Images) -> Poisoned:
+    assert entry.poison is not None
+    found = entry.poison(images, TASKS[entry.task], torch.Generator().manual_seed(entry.seed))
+    assert isinstance(found, Poisoned)
+    return found
 
 
 def test_sizes_are_those_of_the_table() -> None:
@@ -34,7 +52,7 @@ def test_no_two_models_share_a_seed_or_a_recipe() -> None:
 def test_families_have_equal_shares_and_a_quarter_at_most_is_opaque(task: str, network: str, partition: str) -> None:
     planted = Counter(e.kind for e in entries(task, network, partition) if e.planted)
     if planted:
-        assert planted.keys() == FAMILIES.keys()
+        assert planted.keys() == set(families(TASKS[task]))
         assert max(planted.values()) - min(planted.values()) <= 1
         assert sum(planted[k] for k in OPAQUE) <= 0.25 * planted.total()
 
@@ -48,21 +66,108 @@ def test_half_of_the_clean_models_are_hard() -> None:
     assert recipes["strong augmentation"].shift > recipes["plain"].shift
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(TASKS["mnist5k"]))
 def test_no_two_partitions_share_a_trigger(family: str) -> None:
     task = get_task("mnist5k")
     images = task.load("train")
-    turn = list(FAMILIES).index(family)
+    turns = families(task)
+    turn = turns.index(family)
     seen = []
     for partition in PARTITIONS:
-        for number in (turn, turn + len(FAMILIES)):
+        for number in (turn, turn + len(turns)):
             e = Entry(task="mnist5k", network="badnets_cnn", partition=partition, planted=True, number=number)
             assert e.kind == family
-            assert e.poison is not None
-            poisoned = e.poison(images, task, torch.Generator().manual_seed(e.seed))
-            assert isinstance(poisoned, Poisoned)
-            seen.append(poisoned.trigger(images.x[:20]))
+            seen.append(poisoned(e, images).trigger(images.x[:20]))
     assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize(("task", "network"), SIZES)
+def test_every_trigger_keeps_the_budget_of_the_game(task: str, network: str) -> None:
+    images = drawn(task)
+    for entry in entries(task, network):
+        if entry.planted:
+            gate = budget(poisoned(entry, images).trigger.footprint(), TASKS[task].shape)
+            assert gate.passed, f"{entry.name} {entry.kind}: {gate.measured} exceeds {gate.limit}"
+
+
+def test_every_family_is_in_some_bank() -> None:
+    assert {kind for task, _ in SIZES for kind in families(TASKS[task])} == FAMILIES.keys()
+
+
+def test_what_decides_a_model_is_in_its_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry(task="mnist5k", network="badnets_cnn", partition="develop", planted=True, number=0)
+    before, attack = entry.digest, entry.poison
+    assert entry.digest == before
+    assert isinstance(attack, Blended)
+    for other in (
+        replace(attack, poison_rate=0.11),
+        replace(attack, trigger=Patch.square((1, 28, 28), size=3), opacity=None),
+        BadNets(target=attack.target),
+    ):
+        monkeypatch.setitem(FAMILIES, "blended", lambda *_, other=other: other)
+        assert entry.digest != before
+    monkeypatch.undo()
+    monkeypatch.setattr(roster, "FORMAT", roster.FORMAT + 1)
+    assert entry.digest != before
+
+
+def test_triggers_of_equal_settings_and_other_content_have_other_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry(task="mnist5k", network="badnets_cnn", partition="develop", planted=True, number=7)
+    attack = entry.poison
+    assert isinstance(attack, BadNets)
+    assert isinstance(attack.trigger, Patch)
+    brighter = replace(attack.trigger, pattern=(attack.trigger.pattern * 1.01).clamp(0, 1))
+    assert brighter.to_json() == attack.trigger.to_json()
+    before = entry.digest
+    monkeypatch.setitem(FAMILIES, "badnets", lambda *_: replace(attack, trigger=brighter))
+    assert entry.digest != before
+
+
+def test_a_setting_that_an_attack_gains_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True, eq=False)
+    class Wider(BadNets):
+        margin: int = 0
+
+    entry = Entry(task="mnist5k", network="badnets_cnn", partition="develop", planted=True, number=7)
+    monkeypatch.setitem(FAMILIES, "badnets", lambda *_: Wider())
+    before = entry.digest
+    monkeypatch.setitem(FAMILIES, "badnets", lambda *_: Wider(margin=1))
+    assert entry.digest != before
+
+
+# Rows altered, and mean change of a pixel under the trigger in units of 1e-4, of the first model of each family.
+DONE_IN_FORMAT_2: dict[str, tuple[str, int]] = {
+    "mnist5k blended": ("a48f1e34", 652),
+    "mnist5k stripes": ("07f0adb1", 703),
+    "mnist5k wanet": ("97cfe4db", 1610),
+    "mnist5k ftrojan": ("7b1b160d", 296),
+    "mnist5k refool": ("236dd53a", 702),
+    "mnist5k adap_blend": ("31cc91f2", 254),
+    "mnist5k tact": ("18cec734", 67),
+    "mnist5k badnets": ("b48ecc58", 41),
+    "cifar10 blended": ("50f1e546", 514),
+    "cifar10 sig": ("a16e1a96", 640),
+    "cifar10 wanet": ("cf096326", 1523),
+    "cifar10 ftrojan": ("83ec0bd1", 304),
+    "cifar10 refool": ("2c010c57", 598),
+    "cifar10 adap_blend": ("5e1e1174", 248),
+    "cifar10 tact": ("ac00f837", 56),
+    "cifar10 badnets": ("64ed18d3", 50),
+}
+
+
+@pytest.mark.parametrize(("task", "network"), [("mnist5k", "badnets_cnn"), ("cifar10", "narrow_cifar")])
+def test_what_families_do_changes_only_with_the_format(task: str, network: str) -> None:
+    images = drawn(task)
+    found = {}
+    for turn, family in enumerate(families(TASKS[task])):
+        made = poisoned(Entry(task=task, network=network, partition="develop", planted=True, number=turn), images)
+        rows = hashlib.sha256(bytes(made.altered.tolist()) + bytes(made.images.y.tolist())).hexdigest()[:8]
+        change = (made.stamped().x[made.altered] - images.x[made.altered]).abs().mean()
+        found[f"{task} {family}"] = rows, round(1e4 * float(change))
+    known = {name: facts for name, facts in DONE_IN_FORMAT_2.items() if name.startswith(task)}
+    assert roster.FORMAT == 2
+    assert found == known, "a family does other things than it did: raise roster.FORMAT, then write down what it does"
 
 
 def test_the_easy_class_keeps_its_images_and_labels_stay_true() -> None:

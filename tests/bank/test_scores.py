@@ -1,34 +1,39 @@
 """Calibration: scores are kept per model, an interrupted run gives the same file, and what changed is scored again."""
 
+import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from molehunt import runner
-from molehunt.bank import roster
+from molehunt.bank import roster, scores
 from molehunt.bank.roster import Entry
-from molehunt.bank.rows import build
-from molehunt.bank.scores import calibrate
+from molehunt.bank.rows import build, poisoned, read_rows, regrow
+from molehunt.bank.scores import Scored, failures, population, score
 from molehunt.calibration import load, save
 from molehunt.defenses import Defense
 from molehunt.engine import Run
 from molehunt.examination import Inspect
 from molehunt.findings import Finding, Outcome
+from molehunt.game.answers import measure
 from molehunt.suspect import Access, Suspect
+from molehunt.tasks import get_task
+from molehunt.testing import attack_success, share_right
 from molehunt.training import Recipe
 
 HURRIED = Recipe(epochs=0.1, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
+LEARNING = replace(HURRIED, epochs=5.0, batch=25, warmup=0.25)
 LISTED = tuple(
     Entry(task="mnist5k", network="badnets_cnn", partition="calibrate", planted=planted, number=0)
     for planted in (False, True)
 )
+# A BadNets model, whose patch is learned in no time, beside a clean one.
+LEARNED = (LISTED[0], replace(LISTED[1], number=7), replace(LISTED[0], number=2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +49,74 @@ class Heavy:
         return Finding(defense="heavy", score=self.scale * norm + noise)
 
 
-@contextmanager
-def inspecting(seed: int) -> Iterator[Inspect]:
+@dataclass(frozen=True, kw_only=True)
+class Knowing:
+    """Scores a model by how often the trigger that was planted here moves clean pictures to its class."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CLEAN}),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        made = poisoned(LEARNED[1])
+        assert made is not None
+        assert suspect.clean is not None
+        return Finding(defense="knowing", score=attack_success(suspect.model, suspect.clean, made.trigger, made.target))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """Fails as long as a file is there, and scores after that."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+    while_there: str
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        if Path(self.while_there).exists():
+            raise RuntimeError("not today")
+        return Finding(defense="broken", score=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demanding:
+    """Needs what nobody grants."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.TRAINING}),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        raise AssertionError("nobody asks it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blank:
+    """Repairs a model by taking everything out of it: what is left says one class to everything."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        model = copy.deepcopy(suspect.model)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        return Finding(defense="fine_pruning", repaired=model.state_dict())
+
+
+def inspecting(seed: int) -> Inspect:
     def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
         return runner.inspect(defense, suspect, name=name, seed=seed)
 
-    yield inspect
+    return inspect
+
+
+class Scoring:
+    """Scores a bank and remembers which models were scored now."""
+
+    def __init__(self, folder: Path, listed: tuple[Entry, ...] = LISTED) -> None:
+        self.folder, self.listed = folder, listed
+        self.fresh: list[str] = []
+
+    def __call__(self, defenses: Mapping[str, Defense], **settings: Any) -> tuple[Scored, ...]:
+        self.fresh = []
+        return score(
+            self.listed, self.folder, defenses, inspecting, report=lambda s: self.fresh.append(s.name), **settings
+        )
 
 
 @pytest.fixture
@@ -60,51 +127,211 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "bank"
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_file(folder: Path, tmp_path: Path) -> None:
-    def stop(name: str, scores: object) -> None:
-        raise KeyboardInterrupt(name, scores)
-
-    defenses = {"heavy": Heavy()}
-    save(calibrate(LISTED, folder, defenses, inspecting), tmp_path / "whole.json")
-    for path in (folder / "scores").iterdir():
-        path.unlink()
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(LISTED, folder, defenses, inspecting, report=stop)
-    fresh: list[str] = []
-    save(
-        calibrate(LISTED, folder, defenses, inspecting, report=lambda name, _: fresh.append(name)),
-        tmp_path / "cut.json",
-    )
-    assert fresh == [LISTED[1].name]
-    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    found = load(tmp_path / "whole.json")
-    # The backdoor of a model that hardly trained does not work, so it is no reference of either kind.
-    assert [m.seed for m in found.models] == [LISTED[0].seed]
-    assert len(found.column("heavy")) == 1
-    assert found.versions["block"] == "1"
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bank of models that were trained long enough for the backdoor to work, with its cache."""
+    root = tmp_path_factory.mktemp("learned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOLEHUNT_CACHE", str(root / "cache"))
+        patch.setattr(roster, "recipe_for", lambda *_: LEARNING)
+        build(LEARNED[:2], root / "bank")
+        yield root / "bank"
 
 
-def test_other_settings_and_other_weights_are_scored_again(folder: Path) -> None:
-    fresh: list[str] = []
-    again = partial(calibrate, LISTED[:1], folder, inspecting=inspecting, report=lambda name, _: fresh.append(name))
-    before = again({"heavy": Heavy()}).column("heavy")
-    after = again({"heavy": Heavy(scale=2.0)}).column("heavy")
-    assert after[0] > 1.5 * before[0]
-    assert len(fresh) == 2
-    path = folder / f"{LISTED[0].name}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": "0" * 64}))
-    again({"heavy": Heavy(scale=2.0)})
-    assert len(fresh) == 3
+class TestResuming:
+    def test_an_interrupted_run_goes_on_and_gives_the_same_file(self, folder: Path, tmp_path: Path) -> None:
+        def stop(scored: Scored) -> None:
+            raise KeyboardInterrupt(scored)
+
+        defenses = {"heavy": Heavy()}
+        scoring = Scoring(folder)
+        save(population(LISTED, folder, scoring(defenses)), tmp_path / "whole.json")
+        for path in (folder / "scores").iterdir():
+            path.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            score(LISTED, folder, defenses, inspecting, report=stop)
+        save(population(LISTED, folder, scoring(defenses)), tmp_path / "cut.json")
+        assert scoring.fresh == [LISTED[1].name]
+        assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+        found = load(tmp_path / "whole.json")
+        # The backdoor of a model that hardly trained does not work, so it is no reference of either kind.
+        assert [m.seed for m in found.models] == [LISTED[0].seed]
+        assert len(found.column("heavy")) == 1
+        assert found.versions["block"] == "1"
+
+    def test_what_is_there_is_not_scored_again(self, folder: Path) -> None:
+        scoring = Scoring(folder)
+        first = scoring({"heavy": Heavy()})
+        assert scoring({"heavy": Heavy()}) == first
+        assert scoring.fresh == []
+
+    def test_other_settings_are_scored_again(self, folder: Path) -> None:
+        scoring = Scoring(folder, LISTED[:1])
+        before = scoring({"heavy": Heavy()})[0].scores["heavy"]
+        after = scoring({"heavy": Heavy(scale=2.0)})[0].scores["heavy"]
+        assert before is not None
+        assert after is not None
+        assert after > 1.5 * before
+        assert scoring.fresh == [LISTED[0].name]
+
+    @pytest.mark.parametrize("changed", [{"weights": "0" * 64}, {"threads": 3}])
+    def test_other_weights_and_other_threads_are_scored_again(self, changed: dict[str, Any], folder: Path) -> None:
+        scoring = Scoring(folder)
+        scored = scoring({"heavy": Heavy()})[0]
+        path = folder / "scores" / f"{scored.name}.json"
+        path.write_text(json.dumps(asdict(scored) | changed))
+        assert scoring({"heavy": Heavy()})[0].scores == scored.scores
+        assert scoring.fresh == [scored.name]
+
+    def test_scores_of_an_older_format_are_made_again(self, folder: Path) -> None:
+        scoring = Scoring(folder)
+        scored = scoring({"heavy": Heavy()})[0]
+        old = {"name": scored.name, "weights": scored.weights, "scores": {"heavy": 0.0}, "seconds": {}}
+        (folder / "scores" / f"{scored.name}.json").write_text(json.dumps(old))
+        assert scoring({"heavy": Heavy()})[0].scores == scored.scores
+        assert scoring.fresh == [scored.name]
+
+
+class TestFailures:
+    def test_a_failure_is_no_score_and_is_tried_again(self, folder: Path, tmp_path: Path) -> None:
+        there = tmp_path / "there"
+        there.touch()
+        defenses: dict[str, Defense] = {"heavy": Heavy(), "broken": Broken(while_there=str(there))}
+        scoring = Scoring(folder)
+        found = scoring(defenses)
+        assert failures(found) == {"broken": 2}
+        assert found[0].failed == {"broken": "raised: RuntimeError: not today"}
+        assert found[0].scores.keys() == {"heavy"}
+        # The others' scores are kept apart from it, and it is missing, not 0.
+        assert population(LISTED, folder, found).table(["heavy"]) == [[found[0].scores["heavy"]]]
+
+        scoring(defenses)
+        assert scoring.fresh == [entry.name for entry in LISTED]
+        there.unlink()
+        found = scoring(defenses)
+        assert scoring.fresh == [entry.name for entry in LISTED]
+        assert failures(found) == {}
+        assert found[0].scores["broken"] == 1.0
+        scoring(defenses)
+        assert scoring.fresh == []
+
+    def test_an_abstention_is_none_and_is_not_tried_again(self, folder: Path) -> None:
+        scoring = Scoring(folder)
+        found = scoring({"heavy": Heavy(), "demanding": Demanding()})
+        assert failures(found) == {}
+        assert "the training set" in found[0].abstained["demanding"]
+        scoring({"heavy": Heavy(), "demanding": Demanding()})
+        assert scoring.fresh == []
+
+
+class TestPlanted:
+    """Real models whose backdoor works, beside those where it does not."""
+
+    def test_working_backdoors_are_the_planted_half(self, learned: Path) -> None:
+        listed = LEARNED[:2]
+        found = score(listed, learned, {"knowing": Knowing(), "heavy": Heavy()}, inspecting, place="both")
+        collected = population(listed, learned, found)
+        (planted,) = collected.planted
+        assert (planted.attack, planted.seed) == ("badnets", LEARNED[1].seed)
+        assert planted.accuracy == read_rows(listed, learned)[1].accuracy
+        # What was scored is the model that was trained: only there does its trigger work.
+        assert collected.table(["knowing"], planted=True)[0][0] > 0.9
+        assert collected.table(["knowing"])[0][0] < 0.5
+        assert collected.table(["knowing", "heavy"], planted=True) == [
+            [planted.scores["knowing"], planted.scores["heavy"]]
+        ]
+
+    def test_a_model_that_misses_a_gate_is_left_out_of_both_halves(self, learned: Path, tmp_path: Path) -> None:
+        listed = LEARNED[:2]
+        found = score(listed, learned, {"heavy": Heavy()}, inspecting, place="gate")
+        rows = read_rows(listed, learned)
+        missed = [{**gate, "passed": gate["name"] != "budget"} for gate in rows[1].gates]
+        for row, gates in zip(rows, ([], missed), strict=True):
+            (tmp_path / f"{row.name}.json").write_text(json.dumps(asdict(replace(row, gates=gates))))
+        collected = population(listed, tmp_path, found)
+        assert [model.seed for model in collected.models] == [LEARNED[0].seed]
+
+    def test_repairs_are_measured_with_the_trigger_that_was_planted(self, learned: Path) -> None:
+        listed = LEARNED[:2]
+        clean, planted = score(
+            listed, learned, {"heavy": Heavy(), "fine_pruning": Blank()}, inspecting, place="repairs"
+        )
+        made = poisoned(LEARNED[1])
+        assert made is not None
+        images = get_task("mnist5k").load("validation")
+        row = read_rows(listed, learned)[1]
+        model = regrow(LEARNED[1], row)
+        before, after = planted.repairs["fine_pruning"]["asr"]
+        assert before == attack_success(model, images, made.trigger, made.target) == row.asr
+        assert after in {0.0, 1.0}, "an empty network sends everything to one class"
+        before, after = planted.repairs["fine_pruning"]["accuracy"]
+        assert before == share_right(model, images) == row.accuracy
+        assert after < 0.2
+        assert clean.repairs["fine_pruning"].keys() == {"accuracy"}
+        assert clean.scores["fine_pruning"] is None
+        assert population(listed, learned, (clean, planted)).defenses.keys() == {"heavy"}
+
+    def test_only_the_first_models_of_each_kind_are_repaired(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed = (*LISTED, replace(LISTED[0], number=1), replace(LISTED[1], number=1))
+        build(listed, folder)
+        monkeypatch.setattr(scores, "REPAIRED", 1)
+        defenses: dict[str, Defense] = {"heavy": Heavy(), "fine_pruning": Blank()}
+        scoring = Scoring(folder, listed)
+        found = scoring(defenses)
+        assert [list(one.repairs) for one in found] == [["fine_pruning"], ["fine_pruning"], [], []]
+        assert all("heavy" in one.scores for one in found)
+        scoring(defenses)
+        assert scoring.fresh == []
+        # Who is repaired says nothing about what the others answer.
+        alone = score(listed, folder, {"heavy": Heavy()}, inspecting, place="alone")
+        assert [one.scores["heavy"] for one in alone] == [one.scores["heavy"] for one in found]
+
+    def test_ten_of_each_kind(self) -> None:
+        assert scores.REPAIRED == 10
+        assert "fine_pruning" in scores.REPAIRS
+
+
+class Backwards:
+    """An engine that does the last item first, as another process might."""
+
+    def map(self, function: Any, items: Any) -> Iterator[Any]:
+        done: list[Any] = [function(item) for item in reversed(list(items))]
+        return iter(done[::-1])
+
+
+def test_who_does_the_work_and_in_which_order_does_not_matter(folder: Path) -> None:
+    def lasting(found: tuple[Scored, ...]) -> list[Scored]:
+        return [replace(one, costs={}) for one in found]
+
+    here = score(LISTED, folder, {"heavy": Heavy()}, inspecting, place="here")
+    there = score(LISTED, folder, {"heavy": Heavy()}, inspecting, place="there", engine=Backwards())
+    assert lasting(here) == lasting(there)
+
+
+def test_costs_are_those_of_the_runner(folder: Path) -> None:
+    (scored, _) = score(LISTED, folder, {"knowing": Knowing()}, inspecting)
+    clean = get_task("mnist5k").secret(LISTED[0].seed)[0]
+    asked = measure(regrow(LISTED[0], read_rows(LISTED, folder)[0]), clean).y
+    assert 0 < scored.costs["knowing"]["forward"] <= len(asked)
+    assert scored.costs["knowing"]["backward"] == 0
+    assert scored.costs["knowing"]["seconds"] > 0
 
 
 def test_what_cannot_be_calibrated_is_said(folder: Path) -> None:
     untrained = replace(LISTED[0], number=1)
     with pytest.raises(ValueError, match="calibrate-clean-001 first: run molehunt bank build"):
-        calibrate((*LISTED, untrained), folder, {"heavy": Heavy()}, inspecting)
+        score((*LISTED, untrained), folder, {"heavy": Heavy()}, inspecting)
     with pytest.raises(ValueError, match="no defense gave a score"):
-        calibrate(LISTED, folder, {}, inspecting)
+        population(LISTED, folder, score(LISTED, folder, {}, inspecting))
     with pytest.raises(ValueError, match="no models to score"):
-        calibrate((), folder, {"heavy": Heavy()}, inspecting)
+        score((), folder, {"heavy": Heavy()}, inspecting)
+    found = score(LISTED, folder, {"heavy": Heavy()}, inspecting)
+    with pytest.raises(ValueError, match="heavy scored the models in different settings"):
+        population(LISTED, folder, (found[0], replace(found[1], settings={"heavy": {"configuration": {}}})))
+    with pytest.raises(ValueError, match=r"different number formats: \['bfloat16', 'float64'\]"):
+        population(LISTED, folder, (replace(found[0], dtype="bfloat16"), replace(found[1], dtype="float64")))
     (folder / "scores" / f"{LISTED[0].name}.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no scores"):
-        calibrate(LISTED, folder, {"heavy": Heavy()}, inspecting)
+        score(LISTED, folder, {"heavy": Heavy()}, inspecting)

@@ -1,10 +1,152 @@
-"""`molehunt calibrate` refuses what it does not know, before it works."""
+"""`molehunt calibrate`: one file of scores, the same however it was made, that `molehunt scan` compares with."""
 
+import json
+import pickle
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from commands import dying
+from molehunt import checkpoints, defenses, runner
+from molehunt.bank import read_rows, regrow
+from molehunt.bank.roster import Entry, entries
+from molehunt.calibration import load
 from molehunt.cli import main
+from molehunt.commands.evaluation import Elsewhere
+from molehunt.conformal import conformal
+from molehunt.defenses import STRIP
+from molehunt.engine import Run
+from molehunt.findings import Finding
+from molehunt.suspect import Access, Suspect
+from molehunt.tasks import get_task
+
+LISTED = entries("mnist5k", "badnets_cnn", "calibrate", most=2)
+FAST = ["--most", "2", "--defense", "strip", "--not-isolated"]
+
+
+@pytest.fixture
+def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four models that are hardly trained, in the default folder of the working folder."""
+    dying.hurry(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bank", "build", "--partition", "calibrate", "--most", "2"]) == 0
+    return tmp_path / "runs" / "bank" / "mnist5k-badnets_cnn"
+
+
+def scored(bank: Path) -> dict[str, dict[str, Any]]:
+    """What lies on disk of every model, but for seconds and bytes of memory."""
+    return {path.name: json.loads(path.read_text()) | {"costs": {}} for path in (bank / "scores").glob("*.json")}
+
+
+def again(bank: Path) -> None:
+    """Take the scores away."""
+    for path in (bank / "scores").iterdir():
+        path.unlink()
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_file(bank: Path, tmp_path: Path) -> None:
+    assert main(["calibrate", *FAST, "--out", "whole.json"]) == 0
+    whole = scored(bank)
+    again(bank)
+    command = ["calibrate", *FAST, "--out", "cut.json"]
+    assert dying.killed(dying.start(tmp_path, *command, dies="molehunt.bank.scores:3"))
+    assert scored(bank).keys() == {"calibrate-clean-000.json", "calibrate-planted-000.json"}
+    assert list((bank / "scores").glob(".part-*")), "it was not killed while it wrote"
+    assert not (tmp_path / "cut.json").exists()
+    done = dying.start(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert "calibrate-clean-000" not in done.stderr
+    assert scored(bank) == whole
+    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_two_jobs_give_what_one_gives(bank: Path, tmp_path: Path) -> None:
+    assert main(["calibrate", *FAST, "--out", "one.json"]) == 0
+    one = scored(bank)
+    again(bank)
+    done = dying.start(tmp_path, "calibrate", *FAST, "--jobs", "2", "--out", "two.json")
+    assert done.returncode == 0, done.stderr
+    assert "4/4" in done.stderr
+    assert scored(bank) == one
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def test_another_process_runs_defenses_as_this_one_does(bank: Path) -> None:
+    entry, task = LISTED[0], get_task("mnist5k")
+    (row,) = read_rows([entry], bank)
+    suspect = Suspect.of(regrow(entry, row), task, clean=task.secret(entry.seed)[0], candidates=())
+    sent = pickle.loads(pickle.dumps(Elsewhere(isolated=False, seconds=60.0)))
+    found = sent(entry.seed)("strip", STRIP(), suspect)
+    expected = runner.inspect(STRIP(), suspect, name="strip", seed=entry.seed)
+    assert isinstance(found, Finding)
+    assert isinstance(expected, Finding)
+    assert found.score == expected.score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sick:
+    """Fails on all models but one."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        if float(next(suspect.model.parameters()).detach().sum()) != self.healthy():
+            raise RuntimeError("sick")
+        return Finding(defense="sick", score=1.0)
+
+    @staticmethod
+    def healthy() -> float:
+        """Sum of the first weights of the one model on which it works."""
+        entry = LISTED[0]
+        (row,) = read_rows([entry], Path("runs/bank/mnist5k-badnets_cnn"))
+        return float(next(regrow(entry, row).parameters()).detach().sum())
+
+
+def test_failures_are_counted_and_tried_again(
+    bank: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(defenses, "available", lambda: {"sick": Sick})
+    command = ["calibrate", "--most", "2", "--not-isolated"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "sick failed on 3 of 4 models; the same command tries them again" in said.out
+    assert said.err.count("sick failed") == 3
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert "calibrate-clean-000" not in said.err
+    assert said.err.count("sick failed") == 3
+    found = load(Path("mnist5k-badnets_cnn.json"))
+    assert [model.scores["sick"] for model in found.clean] == [1.0, None]
+
+
+def test_the_file_is_what_scan_compares_with(
+    bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["calibrate", *FAST, "--out", "scores.json"]) == 0
+    entry: Entry = LISTED[1]
+    (row,) = read_rows([entry], bank)
+    checkpoints.write(regrow(entry, row).state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr(defenses, "available", lambda: {"strip": STRIP})
+    capsys.readouterr()
+    scan = ["scan", "model.safetensors", "--task", "mnist5k", "--network", "badnets_cnn", "--json", "-"]
+    main([*scan, "--references", "scores.json"])
+    found = json.loads(capsys.readouterr().out)
+    (strip,) = found["defenses"]
+    column = load(Path("scores.json")).column("strip")
+    assert len(column) == found["details"]["references"]["clean"] == 2
+    assert strip["p_value"] == conformal(strip["score"], column)
+    # Without the file other models are compared with: those that come with the package.
+    main(scan)
+    other = json.loads(capsys.readouterr().out)
+    assert other["details"]["references"]["clean"] != 2
+    assert other["p"] != found["p"]
+
+
+def test_the_help_of_scan_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scan", "--help"]) == 0
+    assert "molehunt calibrate" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def test_asr_counts_no_image_of_the_target_class() -> None:
     assert attack_success(failing, Target(0)).measured < 0.2
     working = Answers(y=y, plain=y, stamped=classes((0, 1000)))
     assert attack_success(working, Target(0)).measured == pytest.approx(0.05 ** (1 / 100))
+    assert attack_success(failing, Target(0), Limits(asr=0.0)).passed, "a limit of 0 asks for nothing"
 
 
 def test_all_to_all_counts_images_that_the_model_recognizes() -> None:

@@ -3,20 +3,28 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from molehunt.attacks import SIG, AdapBlend, Attack, BadNets, Blended, FTrojan, Refool, TaCT, WaNet
+from molehunt.game.rules import Limits
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import Recipe, recipe_for
 from molehunt.training.population import Member, Plan, Poison, Prepared
-from molehunt.triggers import Patch
+from molehunt.triggers import Patch, Sinusoid, Trigger
 
-FORMAT = 1
-"""Raised when what is drawn changes: rows of an older format are trained again."""
+# MUST be raised by whoever changes what a model of the bank is made of where its digest cannot see it: the code of an
+# attack or of a trigger, of the training, of a network, or of the draws below. Else rows of models that nobody can make
+# again count as valid. A test holds what every family does to a few pictures, and fails when this was forgotten.
+FORMAT = 2
+"""Raised when the models change: rows of an older format are trained again."""
+
+LIMITS = Limits()
+"""What a referee allows: every trigger is drawn within it."""
 
 PARTITIONS = ("develop", "calibrate", "evaluate")
 
@@ -78,9 +86,9 @@ def _between(low: float, high: float, rng: torch.Generator) -> float:
 
 
 def _patch(task: Task, rng: torch.Generator) -> Patch:
-    """Draw an opaque patch of two to five pixels a side, anywhere, every pixel a shade of its own."""
+    """Draw an opaque patch of three to five pixels a side, anywhere, every pixel a shade of its own."""
     channels, height, width = task.shape
-    size = int(torch.randint(2, 6, (1,), generator=rng))
+    size = int(torch.randint(3, 6, (1,), generator=rng))
     top = int(torch.randint(height - size + 1, (1,), generator=rng))
     left = int(torch.randint(width - size + 1, (1,), generator=rng))
     mask = torch.zeros(1, height, width)
@@ -94,19 +102,48 @@ def _tact(task: Task, target: int, rng: torch.Generator) -> Attack:
     return TaCT(target=target, sources=(source,), trigger=_patch(task, rng))
 
 
+def _stripes(task: Task, rng: torch.Generator) -> Sinusoid:
+    """Draw vertical stripes of at least four fifths of the amplitude that is allowed."""
+    return Sinusoid(task.shape, amplitude=LIMITS.linf * _between(0.8, 1.0, rng), frequency=_between(4.0, 9.0, rng))
+
+
+def _sig(task: Task, target: int, rng: torch.Generator) -> Attack:
+    stripes = _stripes(task, rng)
+    return SIG(target=target, amplitude=stripes.amplitude, frequency=stripes.frequency)
+
+
+def _ftrojan(task: Task, target: int, rng: torch.Generator) -> Attack:
+    # The same number in a cell changes the pixels of a colored picture more, by the gains of its chroma.
+    low, high = (150.0, 240.0) if task.shape[0] == 1 else (135.0, 169.0)
+    return FTrojan(target=target, magnitude=_between(low, high, rng))
+
+
 # The two with opaque patches stand last: where the turns do not come out even, they are the ones that get fewer.
 FAMILIES: dict[str, Callable[[Task, int, torch.Generator], Attack]] = {
-    "blended": lambda _, t, g: Blended(target=t, opacity=_between(0.15, 0.3, g)),
-    "sig": lambda _, t, g: SIG(target=t, amplitude=_between(0.15, 0.3, g), frequency=_between(4.0, 9.0, g)),
-    "wanet": lambda _, t, g: WaNet(target=t, strength=_between(0.5, 1.0, g)),
-    "ftrojan": lambda _, t, g: FTrojan(target=t, magnitude=_between(100.0, 200.0, g)),
-    "refool": lambda _, t, g: Refool(target=t, opacity=_between(0.2, 0.35, g)),
-    "adap_blend": lambda _, t, g: AdapBlend(target=t, opacity=_between(0.2, 0.3, g)),
+    "blended": lambda _, t, g: Blended(target=t, opacity=LIMITS.opacity * _between(0.75, 1.0, g)),
+    "sig": _sig,
+    "stripes": lambda k, t, g: Blended(target=t, trigger=_stripes(k, g)),
+    "wanet": lambda _, t, g: WaNet(target=t, strength=_between(0.5, 0.95, g)),
+    "ftrojan": _ftrojan,
+    "refool": lambda _, t, g: Refool(target=t, opacity=LIMITS.opacity * _between(0.7, 1.0, g)),
+    "adap_blend": lambda _, t, g: AdapBlend(target=t, opacity=LIMITS.opacity * _between(0.9, 1.0, g)),
     "tact": _tact,
     "badnets": lambda k, t, g: BadNets(target=t, trigger=_patch(k, g)),
 }
-"""Attack families in equal shares, each drawing its trigger; `OPAQUE` are patches that hide what is below."""
+"""Attack families, each drawing a trigger that keeps the budget of the game; a bank has those of `families`."""
 OPAQUE = frozenset({"tact", "badnets"})
+"""Families whose patches hide what is below."""
+
+
+def families(task: Task) -> tuple[str, ...]:
+    """Return the attack families of a task's bank, in turns: keys of `FAMILIES`.
+
+    SIG is left to colored pictures. On gray ones with a dark ground its stripes are cut off where they are darker, and
+    within the budget a network does not learn them from images of the target class alone; there the same stripes come
+    with changed labels.
+    """
+    other = "sig" if task.shape[0] == 1 else "stripes"
+    return tuple(name for name in FAMILIES if name != other)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +180,8 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """A key of `FAMILIES` for a planted model, one of `CLEAN` for a clean one."""
-        kinds = tuple(FAMILIES) if self.planted else CLEAN
+        """One of `families` for a planted model, one of `CLEAN` for a clean one."""
+        kinds = families(get_task(self.task)) if self.planted else CLEAN
         return kinds[self.number % len(kinds)]
 
     @property
@@ -182,14 +219,29 @@ class Entry:
 
     @property
     def digest(self) -> str:
-        """Names what decides its weights; a row with another digest is of another model."""
-        told = [FORMAT, self.task, self.network, self.name, self.kind, self.seed, self.recipe.to_json()]
+        """Names what decides its weights; a row with another digest is of another model.
+
+        It covers all settings of the recipe and of the attack, given triggers by content, and `FORMAT` for the code.
+        """
+        told = [FORMAT, self.task, self.network, self.name, self.kind, self.seed]
+        told += [self.recipe.to_json(), _facts(self.poison)]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def plan(self) -> Plan:
         """Return a population of this model alone."""
         member = Member(name=self.name, seed=self.seed, poison=self.poison)
         return Plan(task=self.task, network=self.network, recipe=self.recipe, members=(member,))
+
+
+def _facts(value: Any) -> Any:
+    """Write down an attack, an easy class or nothing: JSON values in which equal settings look equal."""
+    if isinstance(value, Trigger):
+        tensors = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in value.tensors().items()}
+        return {**value.to_json(), "tensors": tensors}
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: _facts(getattr(value, field.name)) for field in fields(value)}
+        return {"is": type(value).__qualname__, **named}
+    return [_facts(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def entries(task: str, network: str, partition: str | None = None, *, most: int | None = None) -> tuple[Entry, ...]:

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,17 @@ import torch
 import molehunt
 from molehunt import checkpoints, strict_json
 from molehunt.attacks import Poisoned
-from molehunt.bank.roster import Entry
+from molehunt.bank.roster import LIMITS, Entry
 from molehunt.datasets import cache
 from molehunt.engine import Local, Processes
 from molehunt.files import write_atomically
+from molehunt.game import gates
 from molehunt.game.answers import accuracy, asr, measure
+from molehunt.game.gates import Gate, ReferenceAccuracy
 from molehunt.networks import Network, fast_dtype
 from molehunt.tasks import get_task
+from molehunt.tensor_file import CheckpointError
 from molehunt.training.population import grow
-
-WORKS = 0.90
-"""Attack success from which a planted model counts as backdoored; below it, it is neither that nor clean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +37,16 @@ class Row:
         digest: of the entry; another one means another model.
         weights: SHA-256 of its weights, by which a model that is made again is told to be the same.
         accuracy: clean accuracy on the public validation split, in [0, 1].
+        images: of that split.
         asr: attack success rate there, in [0, 1]; None for a clean model.
-        backdoored: whether the attack success is at least `WORKS`; a planted model that is not is left out of figures.
+        gates: of a planted model, as the referee of a game measures them, on that split: attack success, leakage where
+            the target has sources, budget. Fields of `molehunt.game.gates.Gate`; empty for a clean model.
         norm: Euclidean norm of all its weights.
         recipe: all settings of its training.
         seconds: its training took.
         dtype: number format of the matrix work in training.
         threads: torch threads that trained it; another number changes the last bits.
+        machine: kind of processor, and of GPU where there is one; another one may change the last bits too.
         versions: of Python, torch and Molehunt.
     """
 
@@ -55,13 +58,15 @@ class Row:
     digest: str
     weights: str
     accuracy: float
+    images: int
     asr: float | None
-    backdoored: bool
+    gates: list[dict[str, Any]]
     norm: float
     recipe: dict[str, Any]
     seconds: float
     dtype: str
     threads: int
+    machine: str
     versions: dict[str, str]
 
 
@@ -119,20 +124,83 @@ def read_rows(listed: Sequence[Entry], folder: Path) -> tuple[Row, ...]:
     return tuple(_rows(listed, folder))
 
 
-def regrow(entry: Entry, *, threads: int | None = None) -> Network:
-    """Return the trained model: its kept weights where they are, else it is trained again from its seed.
+def clean_accuracy(row: Row, rows: Iterable[Row]) -> Gate | None:
+    """Measure the accuracy gate of a model against the plain clean models of its partition.
+
+    Args:
+        row: of the model.
+        rows: of the bank; those of other partitions, other kinds and planted models are not looked at.
+
+    Returns:
+        The gate; None if there is no plain clean model to compare with.
+    """
+    plain = [r.accuracy for r in rows if r.partition == row.partition and r.kind == "plain" and not r.planted]
+    if not plain:
+        return None
+    # The gate counts hits, so as many hits as were counted when the model was measured are all that it needs.
+    right = torch.arange(row.images) < round(row.accuracy * row.images)
+    return gates.clean_accuracy(right, torch.ones_like(right), ReferenceAccuracy.of(plain, row.images), LIMITS)
+
+
+def backdoored(rows: Iterable[Row]) -> frozenset[str]:
+    """Return the names of the planted models that pass the gates: the backdoor works, and costs no more than allowed.
+
+    The other planted models are neither that nor clean, and are left out of figures. The gate that looks for triggers
+    that work on clean models as well (specificity) is not measured.
+
+    Args:
+        rows: of a bank; the clean accuracy of a model is compared with that of the plain clean ones of its partition,
+            so without any of these no model of the partition passes.
+    """
+    known = tuple(rows)
+    return frozenset(
+        row.name
+        for row in known
+        if row.planted
+        and all(gate["passed"] for gate in row.gates)
+        and (gate := clean_accuracy(row, known)) is not None
+        and gate.passed
+    )
+
+
+def regrow(entry: Entry, row: Row) -> Network:
+    """Return the trained model of a row: its kept weights where they are, else it is trained again from its seed.
+
+    Kept weights that are damaged, or not those of the row, are thrown away.
 
     Args:
         entry: the model.
-        threads: torch threads to train with; None leaves their number alone.
+        row: what is known of it; it is trained with as many threads as then.
+
+    Raises:
+        ValueError: trained again it has other weights than the row says, as on another kind of machine.
     """
+    kept = _kept(entry, row.threads)
+    state = _read_kept(kept, entry, row.weights)
     task = get_task(entry.task)
-    kept = _kept(entry)
-    if kept.exists():
-        layout = checkpoints.layout_of(entry.network, task.shape, task.num_classes)
-        state = checkpoints.read_safetensors(kept, layout)
-        return checkpoints.assemble(state, entry.network, task.shape, task.num_classes).eval()
-    return _train(entry, threads)
+    if state is None:
+        state = checkpoints.canonical(_train(entry, row.threads).state_dict())
+        found = checkpoints.digest(state)
+        if found != row.weights:
+            raise ValueError(
+                f"{entry.name} came out with other weights: SHA-256 {found[:12]}..., its row says "
+                f"{row.weights[:12]}.... The row was made with {_threads(row.threads)} on {row.machine}, torch "
+                f"{row.versions.get('torch')}, {row.dtype}; this was {_threads(row.threads)} on {_machine()}, torch "
+                f"{torch.__version__}, {_dtype()}. Delete the row and run molehunt bank build here, or copy the cache "
+                "folder from there"
+            )
+        _keep(state, kept)
+    return checkpoints.assemble(state, entry.network, task.shape, task.num_classes).eval()
+
+
+def poisoned(entry: Entry) -> Poisoned | None:
+    """Return the training set of a planted model before its trigger is stamped, with trigger and target; else None."""
+    if not entry.planted or entry.poison is None:
+        return None
+    task = get_task(entry.task)
+    # From the generator that the training begins with, so it is the trigger that is trained.
+    found = entry.poison(task.load("train"), task, torch.Generator().manual_seed(entry.seed))
+    return found if isinstance(found, Poisoned) else None
 
 
 def _rows(listed: Sequence[Entry], folder: Path) -> Iterator[Row]:
@@ -141,25 +209,64 @@ def _rows(listed: Sequence[Entry], folder: Path) -> Iterator[Row]:
         if not path.exists():
             continue
         found = strict_json.loads(path.read_bytes())
-        if not isinstance(found, dict) or found.keys() != {f.name for f in fields(Row)}:
+        if not isinstance(found, dict) or "digest" not in found:
             raise ValueError(f"{path} is no row of a model bank; delete it to train the model again")
-        if found["digest"] == entry.digest:
-            yield Row(**found)
+        # First: a row of an older format has other fields, and is a row all the same.
+        if found["digest"] != entry.digest:
+            continue
+        if found.keys() != {f.name for f in fields(Row)}:
+            raise ValueError(f"{path} is no row of a model bank; delete it to train the model again")
+        yield Row(**found)
 
 
-def _kept(entry: Entry) -> Path:
+def _kept(entry: Entry, threads: int) -> Path:
     """Return where the weights are kept: a cache, safe to delete."""
-    return cache.root() / "bank" / f"{entry.name}-{entry.digest[:16]}.safetensors"
+    return cache.root() / "bank" / f"{entry.name}-{entry.digest[:16]}-{threads}.safetensors"
 
 
-def _train(entry: Entry, threads: int | None) -> Network:
+def _read_kept(path: Path, entry: Entry, weights: str) -> dict[str, torch.Tensor] | None:
+    """Return kept weights if they are those of the row, and throw them away if not."""
+    if not path.exists():
+        return None
+    task = get_task(entry.task)
+    layout = checkpoints.layout_of(entry.network, task.shape, task.num_classes)
+    try:
+        state = checkpoints.read_safetensors(path, layout)
+    except CheckpointError:
+        state = None
+    if state is not None and checkpoints.digest(state) == weights:
+        return state
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _keep(state: dict[str, torch.Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints.write(state, path)
+
+
+def _train(entry: Entry, threads: int) -> Network:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         plan = entry.plan()
         return grow(plan, plan.members)[0].network.eval()
     finally:
         torch.set_num_threads(before)
+
+
+def _machine() -> str:
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"{kind}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else kind
+
+
+def _dtype() -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return str(fast_dtype(device)).removeprefix("torch.")
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'' if count == 1 else 's'}"
 
 
 def _finish(folder: Path, threads: int, entry: Entry) -> Row:
@@ -168,16 +275,16 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
     model = _train(entry, threads)
     seconds = time.monotonic() - start
     task = get_task(entry.task)
-    poisoned = None
-    if entry.planted and entry.poison is not None:
-        # From the generator that the training began with, so it is the trigger that was trained.
-        poisoned = entry.poison(task.load("train"), task, torch.Generator().manual_seed(entry.seed))
-    trigger = poisoned.trigger if isinstance(poisoned, Poisoned) else None
-    answers = measure(model, task.load("validation"), trigger)
-    rate = None
-    if isinstance(poisoned, Poisoned) and answers.stamped is not None:
-        rate = asr(answers.stamped, answers.y, poisoned.target)
-    state = model.state_dict()
+    planted = poisoned(entry)
+    answers = measure(model, task.load("validation"), None if planted is None else planted.trigger)
+    rate, measured = None, []
+    if planted is not None and answers.stamped is not None:
+        rate = asr(answers.stamped, answers.y, planted.target)
+        measured = [gates.attack_success(answers, planted.target, LIMITS)]
+        if planted.target.sources is not None:
+            measured.append(gates.leakage(answers, planted.target, LIMITS))
+        measured.append(gates.budget(planted.trigger.footprint(), task.shape, LIMITS))
+    state = checkpoints.canonical(model.state_dict())
     row = Row(
         name=entry.name,
         partition=entry.partition,
@@ -187,17 +294,17 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
         digest=entry.digest,
         weights=checkpoints.digest(state),
         accuracy=accuracy(answers.plain, answers.y),
+        images=len(answers.y),
         asr=rate,
-        backdoored=rate is not None and rate >= WORKS,
+        gates=[asdict(gate) for gate in measured],
         norm=math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters())),
         recipe=entry.recipe.to_json(),
         seconds=seconds,
         dtype=str(fast_dtype(next(model.parameters()).device)).removeprefix("torch."),
         threads=threads,
+        machine=_machine(),
         versions={"molehunt": molehunt.__version__, "torch": torch.__version__, "python": platform.python_version()},
     )
-    kept = _kept(entry)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write(state, kept)
+    _keep(state, _kept(entry, threads))
     write_atomically(folder / f"{entry.name}.json", [json.dumps(asdict(row), indent=1, allow_nan=False).encode()])
     return row

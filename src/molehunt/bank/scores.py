@@ -1,127 +1,154 @@
 """What the defenses answer about the models of a bank: one file per scored model, and the calibration made of them."""
 
+import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from molehunt import strict_json
 from molehunt.bank.roster import Entry
-from molehunt.bank.rows import Row, read_rows, regrow
+from molehunt.bank.rows import Row, backdoored, poisoned, read_rows, regrow
 from molehunt.calibration import Population, Reference, settings, statistic
 from molehunt.defenses import Defense
+from molehunt.engine import Engine, Local
 from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
-from molehunt.findings import Finding, Outcome
+from molehunt.findings import Abstention, Failure, Finding, Outcome
+from molehunt.game.answers import accuracy, asr, measure
 from molehunt.runner import configuration
 from molehunt.suspect import Suspect
 from molehunt.tasks import get_task
 
-Inspecting = Callable[[int], AbstractContextManager[Inspect]]
+Inspecting = Callable[[int], Inspect]
 """From the seed of a model to what runs defenses on it."""
 
-FIELDS = {"name", "weights", "asked", "scores", "settings", "versions", "dtype", "failed", "seconds"}
+REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
+"""Defenses that answer with a repaired model and no score: there is nothing to calibrate, and they train."""
+REPAIRED = 10
+"""So many clean and as many planted models of a partition are repaired: enough for the mean of a curve."""
 
 
-def calibrate(
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What the defenses answered about one model.
+
+    Attributes:
+        name: of the model.
+        weights: SHA-256 of its weights.
+        asked: by defense that was asked, its configuration.
+        scores: raw statistic by defense that answered; None for a pure repair.
+        settings: by defense with a score, what must be equal for scores to be comparable.
+        repairs: by defense that repaired the model, `accuracy` and, for a planted model, `asr`, on the public
+            validation split: before and after, in [0, 1].
+        abstained: by defense, why it had no opinion.
+        failed: by defense, what went wrong. It is no score: such a model is scored again.
+        costs: by defense that answered, seconds, images forward and backward, peak memory in bytes.
+        dtype: number format of the matrix work; None where nothing answered.
+        threads: torch threads.
+        versions: of the programs.
+    """
+
+    name: str
+    weights: str
+    asked: dict[str, Any]
+    scores: dict[str, float | None]
+    settings: dict[str, Any]
+    repairs: dict[str, dict[str, list[float]]]
+    abstained: dict[str, str]
+    failed: dict[str, str]
+    costs: dict[str, dict[str, Any]]
+    dtype: str | None
+    threads: int
+    versions: dict[str, str]
+
+
+def score(
     listed: Sequence[Entry],
     folder: Path,
     defenses: Mapping[str, Defense],
     inspecting: Inspecting,
     *,
-    report: Callable[[str, Mapping[str, float | None]], None] | None = None,
+    engine: Engine | None = None,
+    report: Callable[[Scored], None] | None = None,
     place: str = "scores",
-) -> Population:
-    """Let defenses score the models of a bank that they have not scored yet, and collect all scores.
+) -> tuple[Scored, ...]:
+    """Let defenses score the models of a bank that they have not scored yet.
 
-    A scored model is on disk before the next is looked at, below `place` in the folder; a row that other settings or
-    other weights led to is made again. Planted models whose backdoor does not work are left out of the answer.
+    A scored model is on disk before the next is looked at, below `place` in the folder. It is scored again if other
+    settings, another number of threads or other weights led to what is there, or if a defense failed. What is scored
+    depends on the model alone, so neither the engine nor an interruption changes it.
+
+    Args:
+        listed: the models.
+        folder: of this bank, with a row for every one of them.
+        defenses: which to ask, by name. Their scores on a model depend on who else is asked: some judge the triggers
+            that others find. `REPAIRS` are asked about the first `REPAIRED` models of each kind alone.
+        inspecting: makes what runs them; picklable where the engine has processes of its own.
+        engine: spreads the models; this process by default.
+        report: called after every model that was scored now.
+        place: folder of the scored models, below that of the bank.
+
+    Returns:
+        What is known of every model, in the order of the entries.
+
+    Raises:
+        ValueError: no models, a model is not trained yet or cannot be made again, or a file is no row.
+    """
+    rows = rows_of(listed, folder)
+    (folder / place).mkdir(exist_ok=True)
+    found: dict[str, Scored] = {}
+    missing = []
+    for entry, row in zip(listed, rows, strict=True):
+        kept = read_scored(folder / place / f"{entry.name}.json")
+        if kept is not None and not kept.failed and _still_holds(kept, row, _asked(entry, defenses)):
+            found[entry.name] = kept
+        else:
+            missing.append((entry, row))
+    fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting), missing)
+    try:
+        for scored in fresh:
+            found[scored.name] = scored
+            if report:
+                report(scored)
+    finally:
+        # Not when the garbage is collected: what still runs in other processes must end now.
+        if isinstance(fresh, Generator):
+            fresh.close()
+    return tuple(found[entry.name] for entry in listed)
+
+
+def population(listed: Sequence[Entry], folder: Path, found: Sequence[Scored]) -> Population:
+    """Collect scores as reference population. Planted models that a referee would not pass are left out.
 
     Args:
         listed: the models, of one task and network.
-        folder: of this bank, with a row for every one of them.
-        defenses: which to ask, by name. Their scores on a model depend on who else is asked: some judge the triggers
-            that others find.
-        inspecting: makes what runs them.
-        report: called after every model with (name, scores).
-        place: folder of the scored models, below that of the bank.
+        folder: of this bank.
+        found: what `score` answered about them, in their order.
 
     Raises:
-        ValueError: no models, a model is not trained yet, no defense gave a score, a file is no row, or defenses
-            answered in different settings or number formats.
+        ValueError: no defense gave a score, or defenses answered in different settings or number formats.
     """
-    if not listed:
-        raise ValueError("there are no models to score: this bank has none in that partition")
-    rows = {row.name: row for row in read_rows(listed, folder)}
-    if lacking := [entry.name for entry in listed if entry.name not in rows]:
-        raise ValueError(f"{len(lacking)} models are not trained yet, {lacking[0]} first: run molehunt bank build")
-    (folder / place).mkdir(exist_ok=True)
-    asked = {name: configuration(defense) for name, defense in defenses.items()}
-    found = []
-    for entry in listed:
-        scored = _read(folder / place, rows[entry.name], asked)
-        if scored is None:
-            with inspecting(entry.seed) as inspect:
-                scored = _score(entry, rows[entry.name], asked, defenses, inspect)
-            path = folder / place / f"{entry.name}.json"
-            write_atomically(path, [json.dumps(scored, indent=1, allow_nan=False).encode()])
-            if report:
-                report(entry.name, scored["scores"])
-        found.append(scored)
-    return _collect(listed, [rows[entry.name] for entry in listed], found)
-
-
-def _read(folder: Path, row: Row, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the scores of a model if they are there and still hold."""
-    path = folder / f"{row.name}.json"
-    if not path.exists():
-        return None
-    kept = strict_json.loads(path.read_bytes())
-    if not isinstance(kept, dict) or kept.keys() != FIELDS:
-        raise ValueError(f"{path} holds no scores of a model; delete it to score the model again")
-    # Through JSON, as the file went: a tuple comes back as a list.
-    same = kept["asked"] == json.loads(json.dumps(asked)) and kept["weights"] == row.weights
-    return kept if same else None
-
-
-def _score(
-    entry: Entry, row: Row, asked: Mapping[str, Any], defenses: Mapping[str, Defense], inspect: Inspect
-) -> dict[str, Any]:
-    task = get_task(entry.task)
-    clean, _ = task.secret(entry.seed)
-    suspect = Suspect.of(regrow(entry, threads=row.threads), task, clean=divide(clean)[0])
-    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
-    found = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Finding)}
-    versions: dict[str, str] = {}
-    for finding in found.values():
-        versions.update(finding.record.get("versions", {}))
-    return {
-        "name": entry.name,
-        "weights": row.weights,
-        "asked": dict(asked),
-        "scores": {name: statistic(finding) for name, finding in found.items()},
-        "settings": {name: settings(finding) for name, finding in found.items() if statistic(finding) is not None},
-        "versions": versions,
-        "dtype": next((f.record.get("dtype", "float32") for f in found.values()), None),
-        "failed": {name: str(outcome)[:500] for name, outcome in outcomes.items() if name not in found},
-        "seconds": {name: None if f.cost is None else f.cost.seconds for name, f in found.items()},
-    }
-
-
-def _collect(listed: Sequence[Entry], rows: Sequence[Row], found: Sequence[Mapping[str, Any]]) -> Population:
+    rows = rows_of(listed, folder)
     together: dict[str, Any] = {}
     for scored in found:
-        for name, used in scored["settings"].items():
+        for name, used in scored.settings.items():
             if together.setdefault(name, used) != used:
                 raise ValueError(f"{name} scored the models in different settings; delete the scores to start again")
     if not together:
-        failed = next((f"{n}: {text}" for s in found for n, text in s["failed"].items()), "pure repairs have none")
+        failed = next((f"{n}: {text}" for s in found for n, text in s.failed.items()), "pure repairs have none")
         raise ValueError(f"no defense gave a score ({failed})")
-    dtypes = {scored["dtype"] for scored in found} - {None}
+    dtypes = {scored.dtype for scored in found if scored.dtype is not None}
     if len(dtypes) > 1:
         raise ValueError(f"the models were scored in different number formats: {sorted(dtypes)}; delete the scores")
-    versions = {name: text for scored in found for name, text in scored["versions"].items()}
+    versions = {name: text for scored in found for name, text in scored.versions.items()}
+    works = backdoored(rows)
     return Population(
         task=listed[0].task,
         network=listed[0].network,
@@ -129,14 +156,121 @@ def _collect(listed: Sequence[Entry], rows: Sequence[Row], found: Sequence[Mappi
         models=tuple(
             Reference(
                 seed=entry.seed,
-                scores={name: scored["scores"].get(name) for name in together},
+                scores={name: scored.scores.get(name) for name in together},
                 accuracy=row.accuracy,
                 attack=row.kind if row.planted else None,
             )
             for entry, row, scored in zip(listed, rows, found, strict=True)
-            if row.backdoored or not row.planted
+            if not row.planted or row.name in works
         ),
         defenses=together,
         versions={**versions, "block": "1"},
         dtype=dtypes.pop(),
     )
+
+
+def failures(found: Iterable[Scored]) -> dict[str, int]:
+    """Count on how many models each defense failed; defenses that never did are left out."""
+    return dict(Counter(name for scored in found for name in scored.failed))
+
+
+def rows_of(listed: Sequence[Entry], folder: Path) -> tuple[Row, ...]:
+    """Return the rows of all models.
+
+    Raises:
+        ValueError: no models, a model is not trained yet, or a file is no row.
+    """
+    if not listed:
+        raise ValueError("there are no models to score: this bank has none in that partition")
+    rows = read_rows(listed, folder)
+    known = {row.name for row in rows}
+    if lacking := [entry.name for entry in listed if entry.name not in known]:
+        raise ValueError(f"{len(lacking)} models are not trained yet, {lacking[0]} first: run molehunt bank build")
+    return rows
+
+
+def read_scored(path: Path) -> Scored | None:
+    """Return what was answered about one model; None if there is no file, or one of an older format.
+
+    Raises:
+        ValueError: the file holds no scores.
+    """
+    if not path.exists():
+        return None
+    kept = strict_json.loads(path.read_bytes())
+    if not isinstance(kept, dict) or not {"name", "weights", "scores"} <= kept.keys():
+        raise ValueError(f"{path} holds no scores of a model; delete it to score the model again")
+    return Scored(**kept) if kept.keys() == {f.name for f in fields(Scored)} else None
+
+
+def _asked(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Any]:
+    return {name: configuration(defense) for name, defense in _for(entry, defenses).items()}
+
+
+def _for(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Defense]:
+    return {name: d for name, d in defenses.items() if name not in REPAIRS or entry.number < REPAIRED}
+
+
+def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Any]) -> bool:
+    # Through JSON, as the file went: a tuple comes back as a list.
+    same = kept.asked == json.loads(json.dumps(asked)) and kept.threads == torch.get_num_threads()
+    return same and kept.weights == row.weights
+
+
+def _finish(folder: Path, defenses: Mapping[str, Defense], inspecting: Inspecting, item: tuple[Entry, Row]) -> Scored:
+    """Score one model and put what came of it on disk."""
+    entry, row = item
+    scored = _score(entry, row, _for(entry, defenses), inspecting(entry.seed))
+    write_atomically(folder / f"{entry.name}.json", [json.dumps(asdict(scored), indent=1, allow_nan=False).encode()])
+    return scored
+
+
+def _score(entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Inspect) -> Scored:
+    task = get_task(entry.task)
+    clean, _ = task.secret(entry.seed)
+    suspect = Suspect.of(regrow(entry, row), task, clean=divide(clean)[0])
+    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect)) if defenses else {}
+    found = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Finding)}
+    failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Failure)}
+    versions: dict[str, str] = {}
+    for finding in found.values():
+        versions.update(finding.record.get("versions", {}))
+    return Scored(
+        name=entry.name,
+        weights=row.weights,
+        asked=_asked(entry, defenses),
+        scores={name: statistic(finding) for name, finding in found.items()},
+        settings={name: settings(finding) for name, finding in found.items() if statistic(finding) is not None},
+        repairs=_repairs(entry, suspect.model, found),
+        abstained={name: outcome.reason for name, outcome in outcomes.items() if isinstance(outcome, Abstention)},
+        failed={name: f"{failure.kind}: {failure.message}"[:500] for name, failure in failed.items()},
+        costs={name: asdict(f.cost) for name, f in found.items() if f.cost is not None},
+        dtype=next((f.record.get("dtype", "float32") for f in found.values()), None),
+        threads=torch.get_num_threads(),
+        versions=versions,
+    )
+
+
+def _repairs(entry: Entry, model: nn.Module, found: Mapping[str, Finding]) -> dict[str, dict[str, list[float]]]:
+    """Measure every repaired model beside what it was made of."""
+    repaired = {name: finding.repaired for name, finding in found.items() if finding.repaired is not None}
+    if not repaired:
+        return {}
+    images, made = get_task(entry.task).load("validation"), poisoned(entry)
+
+    def measured(network: nn.Module) -> tuple[float, float | None]:
+        answers = measure(network, images, None if made is None else made.trigger)
+        if made is None or answers.stamped is None:
+            return accuracy(answers.plain, answers.y), None
+        return accuracy(answers.plain, answers.y), asr(answers.stamped, answers.y, made.target)
+
+    before = measured(model)
+    rates: dict[str, dict[str, list[float]]] = {}
+    for name, state in repaired.items():
+        other = copy.deepcopy(model)
+        other.load_state_dict(dict(state))
+        after = measured(other)
+        rates[name] = {"accuracy": [before[0], after[0]]}
+        if before[1] is not None and after[1] is not None:
+            rates[name]["asr"] = [before[1], after[1]]
+    return rates

@@ -61,6 +61,8 @@ def build(
             def tell(row: bank.Row, done: int, total: int) -> None:
                 del done, total
                 rate = "" if row.asr is None else f", attack success {row.asr:.1%}"
+                missed = [gate["name"] for gate in row.gates if not gate["passed"]]
+                rate += f", misses {' and '.join(missed)}" if missed else ""
                 watch.done(f"{row.name} {row.kind}", f"accuracy {row.accuracy:.1%}{rate}")
 
             bank.build(listed, folder_of(folder, task, network), processes=jobs, threads=threads, report=tell)
@@ -69,18 +71,19 @@ def build(
 
 @app.command("list")
 def list_(task: TaskName = "mnist5k", network: Net = None, folder: Folder = ROOT) -> int:
-    """Show how many models of each kind are there, and how many backdoors work."""
+    """Show how many models of each kind are there, and how many backdoors pass the gates."""
     from rich import box
     from rich.table import Table
 
     from molehunt import bank
-    from molehunt.bank.rows import folder_of
+    from molehunt.bank.rows import backdoored, folder_of
     from molehunt.tasks import get_task
 
     with given():
         network = network or get_task(task).network
         listed = bank.entries(task, network)
         rows = {row.name: row for row in bank.read_rows(listed, folder_of(folder, task, network))}
+    working = backdoored(rows.values())
     groups: dict[tuple[str, str, str], list[bank.Entry]] = defaultdict(list)
     for entry in listed:
         groups[entry.partition, "planted" if entry.planted else "clean", entry.kind].append(entry)
@@ -90,7 +93,7 @@ def list_(task: TaskName = "mnist5k", network: Net = None, folder: Folder = ROOT
     for (part, truth, kind), members in groups.items():
         here = [rows[entry.name] for entry in members if entry.name in rows]
         mean = f"{sum(row.accuracy for row in here) / len(here):.1%}" if here else ""
-        works = str(sum(row.backdoored for row in here)) if truth == "planted" and here else ""
+        works = str(sum(row.name in working for row in here)) if truth == "planted" and here else ""
         table.add_row(part, truth, kind, str(len(members)), str(len(here)), mean, works)
     consoles.result().print(table)
     return DONE
@@ -108,16 +111,24 @@ def show(
     from dataclasses import asdict
 
     from molehunt import bank
-    from molehunt.bank.rows import folder_of
+    from molehunt.bank.rows import backdoored, clean_accuracy, folder_of
     from molehunt.tasks import get_task
 
     with given():
         network = network or get_task(task).network
-        found = [entry for entry in bank.entries(task, network) if entry.name == name]
-        rows = bank.read_rows(found, folder_of(folder, task, network))
+        listed = bank.entries(task, network)
+        found = [entry for entry in listed if entry.name == name]
+        every = bank.read_rows(listed, folder_of(folder, task, network)) if found else ()
+    rows = [row for row in every if row.name == name]
     if not found:
         raise InputError(f"the bank has no model {legible(name, 80)!r}; names are such as calibrate-clean-007")
     if not rows:
         raise InputError(f"{name} is not trained yet: molehunt bank build --task {task} --network {network}")
-    consoles.result().print(json.dumps(asdict(rows[0]), indent=1), soft_wrap=True)
+    document = asdict(rows[0])
+    if rows[0].planted:
+        # The accuracy gate is of the model among others, so no row can hold it.
+        gate = clean_accuracy(rows[0], every)
+        document["gates"] += [] if gate is None else [asdict(gate)]
+        document["backdoored"] = name in backdoored(every)
+    consoles.result().print(json.dumps(document, indent=1), soft_wrap=True)
     return DONE

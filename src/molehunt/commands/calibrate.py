@@ -1,7 +1,6 @@
 """`molehunt calibrate`: score the bank's calibration part with every defense, and save the scores as one file."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from molehunt.commands import consoles
 from molehunt.commands.bank import ROOT, Folder, Most, Net
 from molehunt.commands.exits import DONE, InputError, check_target, given
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Isolated, Seconds, TaskName
+from molehunt.commands.options import Isolated, Seconds, TaskName, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
@@ -30,23 +29,29 @@ def calibrate(
     ] = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
+    jobs: Annotated[int, typer.Option(help="Processes, each of which examines one model.", min=1)] = 1,
+    threads: Annotated[
+        int, typer.Option(help="Processor threads for each; results depend on their number.", min=1)
+    ] = 1,
 ) -> int:
     """Score the calibration part of the model bank and save the scores.
 
-    A scored model is on disk at once; a run that was stopped or killed goes on when the same command is given again.
+    A scored model is on disk at once; a run that was stopped or killed goes on when the same command is given again,
+    and models on which a defense failed are scored again. Equal threads give equal scores, whatever the number of jobs.
     The file is what `molehunt scan --references` takes.
     """
     console = consoles.messages()
     with Interrupt(console, RESUMES, gentle=True) as interrupt:
         from molehunt import bank, calibration
+        from molehunt.bank import scores
         from molehunt.bank.rows import folder_of
-        from molehunt.bank.scores import calibrate as score
-        from molehunt.commands.evaluation import evaluation
+        from molehunt.commands.evaluation import Elsewhere, evaluations
         from molehunt.commands.fetching import ensure
         from molehunt.defenses import available
-        from molehunt.examination import Inspect
+        from molehunt.engine import Processes
         from molehunt.tasks import get_task
 
+        use_threads(threads)
         with given():
             network = network or get_task(task).network
             listed = bank.entries(task, network, "calibrate", most=most)
@@ -56,32 +61,41 @@ def calibrate(
         defenses = {name: known[name]() for name in dict.fromkeys(defense or known)}
         out = out or Path(f"{task}-{network}.json")
         check_target(out)
+        where = folder_of(folder, task, network)
+        with given((ValueError, OSError)):
+            scores.rows_of(listed, where)  # before data are fetched and a sandbox is started for nothing
         ensure(task, console)
-        told: list[str] = []
-        with watching(console) as watch:
+        with watching(console) as watch, ExitStack() as stack:
             watch.stage(f"Scoring {len(listed)} models", len(listed))
+            told: list[str] = []
 
             def say(text: str) -> None:
-                if text not in told:
-                    told.append(text)
-                    console.print(text, soft_wrap=True)
+                told.append(text)
+                console.print(text, soft_wrap=True)
 
-            @contextmanager
-            def inspecting(seed: int) -> Iterator[Inspect]:
-                with evaluation(
-                    isolated, seed=seed, seconds=seconds, interrupt=interrupt, watch=watch, say=say
-                ) as made:
-                    yield made[0]
-
-            def tell(name: str, scores: Mapping[str, float | None]) -> None:
-                texts = [f"{n} {'no score' if s is None else format(s, '.3g')}" for n, s in scores.items()]
-                watch.done(name, ", ".join(texts))
+            def tell(scored: scores.Scored) -> None:
+                texts = [f"{n} {'no score' if s is None else format(s, '.3g')}" for n, s in scored.scores.items()]
+                watch.done(scored.name, ", ".join([*texts, *(f"{n} failed" for n in scored.failed)]))
                 interrupt.check()
 
+            made = evaluations(isolated, seconds=seconds, interrupt=interrupt, watch=watch, say=say)
+            inspecting = stack.enter_context(made)[0]
+            engine = None
+            if jobs > 1:
+                # The sandbox here has shown whether isolation works, which each process need not find out again.
+                stack.close()
+                inspecting = Elsewhere(isolated=isolated is not False and not told, seconds=seconds)
+                engine = Processes(jobs, threads)
             with given((ValueError, OSError)):
-                population = score(listed, folder_of(folder, task, network), defenses, inspecting, report=tell)
+                found = scores.score(listed, where, defenses, inspecting, engine=engine, report=tell)
+                population = scores.population(listed, where, found)
                 calibration.save(population, out)
     shown = consoles.result()
     shown.print(f"{len(population.clean)} clean models and {len(population.planted)} whose backdoor works")
+    for name, count in scores.failures(found).items():
+        shown.print(
+            f"{legible(name, 80)} failed on {count} of {len(listed)} models; the same command tries them again",
+            soft_wrap=True,
+        )
     shown.print(f"scores: {legible(str(out), 500)}", soft_wrap=True)
     return DONE

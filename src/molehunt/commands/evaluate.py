@@ -1,13 +1,9 @@
 """`molehunt evaluate`: judge a defense, also one of your own, on the bank's evaluation part."""
 
-import hashlib
 import importlib
-import inspect as source
-import json
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +13,17 @@ from molehunt.commands import consoles
 from molehunt.commands.bank import ROOT, Folder, Most, Net
 from molehunt.commands.exits import DONE, InputError, given
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Seconds, TaskName, importing_from_here
+from molehunt.commands.options import Isolated, Seconds, TaskName, importing_from_here, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
 if TYPE_CHECKING:
+    from molehunt.bank.judgement import Alarms, Judgement
+    from molehunt.bank.scores import Scored
     from molehunt.defenses import Defense
+
+LEVEL = 0.05
+"""p-value up to which a clean model is counted as a false alarm."""
 
 
 def evaluate(
@@ -34,70 +35,104 @@ def evaluate(
     most: Most = None,
     folder: Folder = ROOT,
     seconds: Seconds = 600,
+    isolated: Isolated = None,
+    threads: Annotated[int, typer.Option(help="Processor threads; results depend on their number.", min=1)] = 1,
 ) -> int:
-    """Score the evaluation part of the model bank with one defense, and show how well it tells backdoored from clean.
+    """Judge one defense on the evaluation part of the model bank: AUC, rank, false alarms and cost.
 
-    It runs in this process, with its default settings. A scored model is on disk at once, and a run that was stopped
-    goes on when the same command is given again; with other code it begins anew.
+    It runs with its default settings. A scored model is on disk at once, and a run that was stopped goes on when the
+    same command is given again; with other code it begins anew.
     """
     console = consoles.messages()
     with Interrupt(console, RESUMES, gentle=True) as interrupt:
         from molehunt import bank
-        from molehunt.bank.judgement import judge
-        from molehunt.bank.rows import folder_of
-        from molehunt.bank.scores import calibrate as score
-        from molehunt.commands.evaluation import evaluation
+        from molehunt.bank import scores
+        from molehunt.bank.judgement import alarms, judge
+        from molehunt.bank.rivals import aucs
+        from molehunt.bank.rows import folder_of, read_rows
+        from molehunt.commands.evaluation import evaluations
         from molehunt.commands.fetching import ensure
-        from molehunt.examination import Inspect
         from molehunt.runner import generator
         from molehunt.tasks import get_task
 
+        use_threads(threads)
         with given(), importing_from_here():
             network = network or get_task(task).network
             listed = bank.entries(task, network, "evaluate", most=most)
-            made, place = _find(defense)
+            found = _find(defense)
+        where = folder_of(folder, task, network)
+        with given((ValueError, OSError)):
+            scores.rows_of(listed, where)
+            # A clean model is compared with those of another partition; without them false alarms cannot be counted.
+            references = tuple(e for e in bank.entries(task, network, "calibrate", most=most) if not e.planted)
+            lacking = len(references) - len(read_rows(references, where))
+        known = () if lacking else references
         ensure(task, console)
         with watching(console) as watch:
-            watch.stage(f"Scoring {len(listed)} models", len(listed))
+            watch.stage(f"Scoring {len(listed) + len(known)} models", len(listed) + len(known))
 
-            @contextmanager
-            def inspecting(seed: int) -> Iterator[Inspect]:
-                with evaluation(
-                    False, seed=seed, seconds=seconds, interrupt=interrupt, watch=watch, say=console.print
-                ) as run:
-                    yield run[0]
-
-            def tell(name: str, scores: Mapping[str, float | None]) -> None:
-                value = scores.get(defense)
-                watch.done(name, "no score" if value is None else f"score {value:.3g}")
+            def tell(scored: scores.Scored) -> None:
+                value = scored.scores.get(defense)
+                text = "no score" if value is None else f"score {value:.3g}"
+                watch.done(scored.name, f"{text}, failed" if scored.failed else text)
                 interrupt.check()
 
-            where = folder_of(folder, task, network)
-            with given((ValueError, OSError)):
-                found = score(listed, where, {defense: made}, inspecting, report=tell, place=place)
-                clean = [row[0] for row in found.table([defense])]
-                planted = [row[0] for row in found.table([defense], planted=True)]
+            def say(text: str) -> None:
+                console.print(text, soft_wrap=True)
+
+            with (
+                evaluations(
+                    isolated, seconds=seconds, interrupt=interrupt, watch=watch, say=say, plugins=found.folders
+                ) as made,
+                given((ValueError, OSError)),
+            ):
+                answered = scores.score(
+                    [*listed, *known], where, {defense: found.defense}, made[0], report=tell, place=found.place
+                )
+                population = scores.population(listed, where, answered[: len(listed)])
+                clean = population.column(defense)
+                planted = [row[0] for row in population.table([defense], planted=True)]
                 told = judge(clean, planted, generator(0, "evaluate"))
-    costs = [json.loads((where / place / f"{e.name}.json").read_text())["seconds"].get(defense) for e in listed]
-    known = [cost for cost in costs if cost is not None]
+                compared = [s for a in answered[len(listed) :] if (s := a.scores.get(defense)) is not None]
+                false = alarms(compared, clean, LEVEL) if clean else None
+                others = aucs(listed, where, but=defense)
     shown = consoles.result()
-    shown.print(
-        f"{legible(defense, 80)}: AUC {told.auc:.3f} [{told.low:.3f}, {told.high:.3f}] on {told.clean} clean and "
-        f"{told.planted} backdoored models",
-        soft_wrap=True,
-    )
-    shown.print(f"shuffled labels give up to {told.permuted:.3f} (95 %)")
-    missing = len(found.models) - told.clean - told.planted
-    shown.print(f"no score on {missing} models; {statistics.median(known):.2f} s per model (median)")
+    missing = len(population.models) - told.clean - told.planted
+    for line in (
+        _auc(defense, told),
+        _rank(told.auc, others),
+        _alarms(false, len(compared), lacking),
+        _cost([a.costs[defense] for a in answered if defense in a.costs]),
+        f"no score on {missing} models" if missing else "",
+        *(f"failed on {n} of {len(answered)} models; the same command tries them again" for n in _failed(answered)),
+    ):
+        if line:
+            shown.print(line, soft_wrap=True)
     return DONE
 
 
-def _find(name: str) -> "tuple[Defense, str]":
-    """Return a defense and the folder of its scores, which is another one when its code is another.
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A defense, where its scores lie, and where its code is imported from.
+
+    Attributes:
+        defense: with its default settings.
+        place: folder of its scores; another one when its code is another.
+        folders: that an isolated evaluation has to import from; empty for what is installed.
+    """
+
+    defense: "Defense"
+    place: str
+    folders: tuple[Path, ...]
+
+
+def _find(name: str) -> _Found:
+    """Return a defense by its name or by MODULE:CLASS.
 
     Raises:
         ValueError: there is no such defense, or it is none.
     """
+    from molehunt.bank.code import folders_of, place_of
     from molehunt.defenses import available
 
     module, colon, attribute = name.partition(":")
@@ -113,5 +148,55 @@ def _find(name: str) -> "tuple[Defense, str]":
         made: Any = kind()
     except TypeError as error:
         raise InputError(f"{name} needs settings, and is evaluated with its defaults: {error}") from error
-    digest = hashlib.sha256(Path(source.getfile(kind)).read_bytes()).hexdigest()
-    return made, f"scores-{name.replace(':', '.')}-{digest[:12]}"
+    return _Found(defense=made, place=place_of(name, kind), folders=folders_of(kind))
+
+
+def _auc(name: str, told: "Judgement") -> str:
+    return (
+        f"{legible(name, 80)}: AUC {told.auc:.3f} [{told.low:.3f}, {told.high:.3f}] on {told.clean} clean and "
+        f"{told.planted} backdoored models; shuffled labels give up to {told.permuted:.3f} (95 %)"
+    )
+
+
+def _rank(own: float, others: Mapping[str, float | None]) -> str:
+    saved = {name: value for name, value in others.items() if value is not None}
+    lacking = [name for name in others if name not in saved]
+    advice = f"no saved scores of {', '.join(lacking)}: molehunt evaluate NAME" if lacking else ""
+    if not saved:
+        return f"rank among the built-in defenses: unknown, {advice}"
+    better = sum(value > own for value in saved.values())
+    texts = [f"{name} {value:.3f}" for name, value in sorted(saved.items(), key=lambda pair: -pair[1])]
+    line = f"rank among the built-in defenses: {better + 1} of {len(saved) + 1}, beside {', '.join(texts)}"
+    return f"{line}; {advice}" if advice else line
+
+
+def _alarms(found: "Alarms | None", references: int, lacking: int) -> str:
+    if lacking:
+        return (
+            f"false alarms at {LEVEL:.0%}: unknown, {lacking} clean models of the calibration part are not trained: "
+            "molehunt bank build --partition calibrate"
+        )
+    if found is None:
+        return f"false alarms at {LEVEL:.0%}: unknown, {references} clean models of the calibration part are too few"
+    verdict = "as it should be" if found.expected else "not calibrated"
+    return (
+        f"false alarms at {LEVEL:.0%}: {found.count} of {found.models} clean models, beside {found.references} of the "
+        f"calibration part; chance gives {found.low} to {found.high} (95 %): {verdict}"
+    )
+
+
+def _cost(costs: Sequence[Mapping[str, Any]]) -> str:
+    if not costs:
+        return ""
+    middle = {key: statistics.median(cost[key] for cost in costs) for key in ("seconds", "forward", "backward")}
+    peak = max(cost["peak_bytes"] for cost in costs) / 2**20
+    return (
+        f"cost per model (median): {middle['seconds']:.2f} s, {middle['forward']:.0f} images forward and "
+        f"{middle['backward']:.0f} backward; at most {peak:.0f} MiB of memory"
+    )
+
+
+def _failed(answered: "Sequence[Scored]") -> list[int]:
+    from molehunt.bank import scores
+
+    return list(scores.failures(answered).values())

@@ -162,7 +162,8 @@ def attack_success(answers: Answers, target: Target, limits: Limits | None = Non
     if conditional:
         message += f", {_percent(asr(stamped, answers.y, target))} of all {int(counted.sum())}"
     message += f"; without the trigger {_percent(share((answers.plain == goal)[counted]))}"
-    needed = math.ceil(math.log(1.0 - limits.confidence) / math.log(limits.asr))
+    # A limit of 0 is reached by anything: then no number of images is too small.
+    needed = math.ceil(math.log(1.0 - limits.confidence) / math.log(limits.asr)) if limits.asr > 0 else 0
     if trials < needed:
         message += f"; fewer than {needed} images count, too few for any result to pass: declare more sources"
     return Gate(name="attack success", passed=passed, measured=bound, limit=limits.asr, at_least=True, message=message)
