@@ -18,6 +18,7 @@ from molehunt.game.gates import (
     lower_bound,
     specificity,
 )
+from molehunt.game.rules import Limits
 from molehunt.triggers import (
     ENCODERS,
     Additive,
