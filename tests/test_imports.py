@@ -9,7 +9,7 @@ import pytest
 import molehunt
 
 GROUPS: tuple[str, ...] = (
-    "datasets tasks triggers findings strict_json files legible tensor_file confinement",
+    "datasets tasks triggers findings strict_json files legible plugins tensor_file confinement",
     "networks zoo checkpoints conversion torch_file suspect evidence",
     "engine",
     "training",

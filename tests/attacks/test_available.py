@@ -4,7 +4,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from molehunt import attacks
+from molehunt import plugins
 from molehunt.attacks import ATTACKS, BadNets, available
 
 
@@ -20,7 +20,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> list[EntryPoint]:
     def entry_points(*, group: str) -> list[EntryPoint]:
         return points if group == "molehunt.attacks" else []
 
-    monkeypatch.setattr(attacks, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
     return points
 
 

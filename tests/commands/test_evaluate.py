@@ -1,10 +1,12 @@
 """`molehunt evaluate`: a defense from the working folder is judged, resumed, and run again when its code changes."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from commands import dying
+from molehunt import confinement
 from molehunt import defenses as ours
 from molehunt.bank import rows, scores
 from molehunt.bank.code import place_of
@@ -51,8 +53,8 @@ def test_a_defense_of_ones_own_is_judged(
     command = ["evaluate", f"{name}:Heavy", "--most", "2", walls]
     code = main(command)
     said = capsys.readouterr()
-    if "cannot isolate" in said.err:
-        pytest.skip("no isolation here")
+    if code == 3 and (sys.platform != "linux" or confinement.landlock_version() < 1):
+        pytest.skip(f"NOT TESTED, no walls here: {said.err}")
     assert code == 0
     assert "4/4" in said.err
     assert "on 2 clean and 2 backdoored models" in said.out

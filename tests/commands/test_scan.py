@@ -1,6 +1,7 @@
 """`molehunt scan`: an exit code per answer, and one of its own for everything that is no answer."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 import molehunt.scan
 from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
-from molehunt import calibration, combine, defenses
+from molehunt import calibration, combine, confinement, defenses
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
 from molehunt.defenses import NeuralCleanse
@@ -349,8 +350,8 @@ class TestARealScan:
         command = ["scan", str(mine), "--task", "mnist5k", "--references", low, "--json", "-"]
         code = main([*command, "--isolated"])
         said = capsys.readouterr()
-        if "cannot isolate defenses" in said.err:
-            pytest.skip(said.err)
+        if code == 3 and (sys.platform != "linux" or confinement.landlock_version() < 1):
+            pytest.skip(f"NOT TESTED, no walls here: {said.err}")
         assert code == main(command) == 1
         inside, outside = (json.loads(text)["defenses"][0] for text in (said.out, capsys.readouterr().out))
         assert inside["score"] == pytest.approx(outside["score"], rel=1e-3)

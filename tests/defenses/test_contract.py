@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from molehunt import defenses
+from molehunt import plugins
 from molehunt.defenses import DEFENSES, available
 from molehunt.engine import Run
 from molehunt.findings import Finding
@@ -150,7 +150,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
     def entry_points(*, group: str) -> list[EntryPoint]:
         return list(points) if group == "molehunt.defenses" else []
 
-    monkeypatch.setattr(defenses, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
 def test_an_installed_package_adds_a_defense(monkeypatch: pytest.MonkeyPatch) -> None:

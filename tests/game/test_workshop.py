@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from molehunt.game import workshop
+from molehunt.game.attacker import make_attack
 from molehunt.game.submission import read_submission
 from molehunt.game.workshop import Plan, holds_submission, make
 from molehunt.tasks import TASKS, Task
@@ -205,3 +206,10 @@ def test_an_attack_of_one_s_own_is_taken_by_its_address(plug_in: Path, tmp_path:
     assert replace(plan).digest != before, "an interrupted training must not go on with other code"
     with pytest.raises(ValueError, match="Mine has no setting"):
         replace(plan, settings={"nope": 1})
+
+
+def test_an_attack_whose_setting_would_hide_its_name_is_refused(plug_in: Path) -> None:
+    other = plug_in.with_name("hiding_for_test.py")
+    other.write_text(PLUG_IN.replace("    target: int = 4", "    attack: int = 0\n    target: int = 4"))
+    with pytest.raises(ValueError, match='Mine has a setting called "attack"'):
+        make_attack("hiding_for_test:Mine", {})

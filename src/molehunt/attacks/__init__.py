@@ -1,7 +1,5 @@
 """Attacks: one file each, and `ATTACKS`, their table of contents."""
 
-from importlib.metadata import entry_points
-
 from molehunt.attacks.adap_blend import AdapBlend
 from molehunt.attacks.adap_patch import AdapPatch
 from molehunt.attacks.badnets import BadNets
@@ -19,6 +17,7 @@ from molehunt.attacks.sig import SIG
 from molehunt.attacks.sticker import PhysicalSticker
 from molehunt.attacks.tact import TaCT
 from molehunt.attacks.wanet import WaNet
+from molehunt.plugins import with_plugins
 
 ATTACKS: dict[str, type[Attack]] = {
     "badnets": BadNets,
@@ -48,14 +47,7 @@ def available() -> dict[str, type[Attack]]:
     Raises:
         ValueError: two packages use one name, or a package uses the name of a built-in attack.
     """
-    plugins: dict[str, type[Attack]] = {}
-    for point in entry_points(group="molehunt.attacks"):
-        if point.name in ATTACKS or point.name == "none":
-            raise ValueError(f"a plug-in may not replace a built-in attack: {point.name!r} is {point.value}")
-        if point.name in plugins:
-            raise ValueError(f"two plug-ins have one name: {point.name!r}, the second is {point.value}")
-        plugins[point.name] = point.load()
-    return ATTACKS | plugins
+    return with_plugins("molehunt.attacks", ATTACKS, "attack", reserved={"none"})
 
 
 __all__ = [

@@ -1,11 +1,10 @@
 """Defenses: one file each, and `DEFENSES`, their table of contents."""
 
-from importlib.metadata import entry_points
-
 from molehunt.defenses.contract import Defense
 from molehunt.defenses.fine_pruning import FinePruning
 from molehunt.defenses.neural_cleanse import NeuralCleanse
 from molehunt.defenses.strip import STRIP
+from molehunt.plugins import with_plugins
 
 DEFENSES: dict[str, type[Defense]] = {
     "fine_pruning": FinePruning,
@@ -22,14 +21,7 @@ def available() -> dict[str, type[Defense]]:
     Raises:
         ValueError: two packages use one name, or a package uses the name of a built-in defense.
     """
-    plugins: dict[str, type[Defense]] = {}
-    for point in entry_points(group="molehunt.defenses"):
-        if point.name in DEFENSES:
-            raise ValueError(f"a plug-in may not replace a built-in defense: {point.name!r} is {point.value}")
-        if point.name in plugins:
-            raise ValueError(f"two plug-ins have one name: {point.name!r}, the second is {point.value}")
-        plugins[point.name] = point.load()
-    return DEFENSES | plugins
+    return with_plugins("molehunt.defenses", DEFENSES, "defense")
 
 
 __all__ = ["DEFENSES", "STRIP", "Defense", "FinePruning", "NeuralCleanse", "available"]

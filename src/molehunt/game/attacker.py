@@ -153,10 +153,13 @@ def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:
     """Make an attack from its name, as `attack_class` takes it, and its settings.
 
     Raises:
-        ValueError: unknown name or setting, in which case the message lists the known ones, or a value of another kind.
+        ValueError: unknown name or setting, in which case the message lists the known ones, a value of another kind, or
+            an attack with a setting called "attack".
     """
     kind = attack_class(name)
     known = {f.name for f in fields(kind)}  # type: ignore[arg-type]  # as above
+    if "attack" in known:
+        raise ValueError(f'{name} has a setting called "attack", where the sealed part keeps its name: rename it')
     if unknown := settings.keys() - known:
         raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {sorted(known)}")
     kinds = get_type_hints(kind)
