@@ -22,7 +22,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -36,6 +36,7 @@ from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
 from molehunt.game import entries
 from molehunt.game.attacker import Team, teams
+from molehunt.game.delivery import Delivery
 from molehunt.game.entries import Settings
 from molehunt.game.referee import STREAM, Judged, Referee, read_verdict
 from molehunt.game.rules import DATA_ONLY, Round, get_round
@@ -139,6 +140,7 @@ class Host:
         self.settings, self.folder, self.defenses = settings, folder, defenses
         self.inspectors, self.engine, self.watch = inspectors, engine, watch
         self.task = get_task(settings.task)
+        self.delivery = Delivery(settings=settings, folder=folder, task=self.task)
         self.round = get_round(settings.round)
         recipe_for(settings.network, self.task)
         wanted = {**asdict(settings), "defenses": {name: repr(d) for name, d in defenses.items()}}
@@ -196,7 +198,13 @@ class Host:
             for arrived, (team, job) in enumerate(zip(players, submitted, strict=True))
         ]
         if board == "data":
-            books = self._train_handed(books)
+            self.watch.stage("The host trains a model from every training set", len(books))
+            found = self.delivery.train([entry.submission for entry in books], self.engine)
+            trained = []
+            for entry, submission in zip(books, found, strict=True):
+                trained.append(entry._replace(submission=submission))
+                self.watch.done(submission.id[:8], "trained")
+            books = trained
         # The order of the books is drawn, so that it tells nothing.
         order = torch.randperm(len(books), generator=generator(self.settings.seed_for("order"), "order"))
         books = [books[i] for i in order.tolist()]
@@ -205,36 +213,6 @@ class Host:
             [{"id": s.id, "weights": s.weights, "commitment": s.commitment} for _, s, _ in books],
         )
         return [job.path for job in references], books
-
-    def _train_handed(self, books: list[Entry]) -> list[Entry]:
-        """Train the model that is judged from every handed-over set."""
-        self.watch.stage("The host trains a model from every training set", len(books))
-        trained = []
-        handed = [self._handed(entry.submission) for entry in books]
-        for entry, digest in zip(books, self.engine.map(entries.train_handed, handed), strict=True):
-            trained.append(entry._replace(submission=replace(entry.submission, weights=digest)))
-            self.watch.done(entry.submission.id[:8], "trained")
-        return trained
-
-    def _handed(self, submission: Submission) -> entries.Handed:
-        """Describe a handed-over set.
-
-        Raises:
-            ValueError: the submission is of the weights board.
-        """
-        if submission.training is None:
-            raise ValueError(f"submission {submission.id} holds no training set")
-        return entries.Handed(
-            settings=self.settings, folder=self.folder, id=submission.id, training=submission.training
-        )
-
-    def _clean_training(self, purpose: str) -> Images | None:
-        """The set on which a clean reference was trained, in an order drawn for it; None on the weights board."""
-        if self.settings.board == "weights":
-            return None
-        x, y = self.task.load("train")
-        order = torch.randperm(len(y), generator=generator(self.settings.seed_for(f"shuffle {purpose}"), "shuffle"))
-        return Images(x[order], y[order])
 
     def _gates(self, books: list[Entry], referee: Referee) -> None:
         self.watch.stage("The referee measures the gates on hidden images", len(books))
@@ -258,7 +236,7 @@ class Host:
         def look(i: int, inspect: Inspect) -> dict[str, findings.Outcome]:
             # Each reference meets clean images drawn for it, as each game draws its own.
             clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
-            training = self._clean_training(f"reference {i + 1}")
+            training = self.delivery.clean(f"reference {i + 1}")
             suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
             return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect)
 
@@ -285,8 +263,7 @@ class Host:
             folder = self.folder / "verdicts" / submission.id
             path = folder / "verdict.json"
             if not path.exists():
-                # Merged and shuffled: no defense learns which rows were handed over.
-                training = None if submission.training is None else self._handed(submission).images()
+                training = self.delivery.seen(submission)
                 suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
                 outcomes = self._examine(suspect, folder, inspect)
                 verdict = combine.verdict(
