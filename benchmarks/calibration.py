@@ -25,7 +25,8 @@ from molehunt.figures import reliability_chart
 from molehunt.findings import Finding, Outcome
 from molehunt.networks import build
 from molehunt.null_check import DIFFERENT, null_check
-from molehunt.reliability import out_of_fold, reliability
+from molehunt.reliability import holding as reliable
+from molehunt.reliability import out_of_fold
 from molehunt.runner import inspect
 from molehunt.suspect import Suspect
 from molehunt.tasks import get_task
@@ -46,7 +47,7 @@ def holding(task: str, network: str) -> None:
     prior = len(population.planted) / len(population.models)
     judged = [(a.said.p, a.model.attack is not None) for a in out_of_fold(population, prior=prior) if a.said]
     p, truth = [a for a, _ in judged], [b for _, b in judged]
-    bins = reliability(p, truth, BINS)
+    bins = reliable(population, BINS)
     chart = reliability_chart(bins)
     path = PICTURE / f"reliability-{task}-{network}.png"
     path.write_bytes(chart.png)

@@ -12,7 +12,7 @@ from scipy.stats import binom
 from molehunt.calibration import Population, Reference, shipped
 from molehunt.conformal import posterior
 from molehunt.figures import reliability_chart
-from molehunt.reliability import Judged, exact_interval, fitting_part, out_of_fold, reliability
+from molehunt.reliability import Judged, exact_interval, fitting_part, holding, out_of_fold, reliability
 
 SETTINGS = {"configuration": {}, "stream": False}
 
@@ -190,6 +190,18 @@ def test_out_of_fold_probabilities_hold_where_scores_are_exchangeable() -> None:
         assert b.mean is not None
         assert b.share is not None
         assert b.share == pytest.approx(b.mean, abs=0.1)
+
+
+def test_a_population_is_compared_at_its_own_share_of_planted_models() -> None:
+    models = [one(i, 0.1 * i) for i in range(30)] + [one(100 + i, 9.0, f"family {i % 2}") for i in range(10)]
+    told = [a.said.p for a in out_of_fold(people(*models, one(50, None)), prior=10 / 41) if a.said]
+    bins = holding(people(*models, one(50, None)), 4)
+    assert sum(b.count for b in bins) == len(told) == 40
+    assert bins == reliability(told, [False] * 30 + [True] * 10, 4)
+    with pytest.raises(ValueError, match="got 30 clean and 0 planted"):
+        holding(people(*models[:30]))
+    with pytest.raises(ValueError, match="none of the 2 models has a score"):
+        holding(people(one(1, None), one(2, None, "sig")))
 
 
 def test_the_page_shows_what_the_shipped_population_gives() -> None:

@@ -140,6 +140,31 @@ def reliability(
     return tuple(found)
 
 
+def holding(population: Population, bins: int | Sequence[float] = 5) -> tuple[Bin, ...]:
+    """Compare what a population's models are told out of fold with what they are.
+
+    The prior is the share of planted models in it; models without a comparable score are left out.
+
+    Args:
+        population: clean and planted models.
+        bins: as in `reliability`.
+
+    Raises:
+        ValueError: no clean or no planted model, or none could be judged.
+    """
+    clean, planted = len(population.clean), len(population.planted)
+    if not clean or not planted:
+        raise ValueError(f"reliability needs clean and planted models, got {clean} clean and {planted} planted")
+    judged = [
+        (a.said.p, a.model.attack is not None)
+        for a in out_of_fold(population, prior=planted / (clean + planted))
+        if a.said
+    ]
+    if not judged:
+        raise ValueError(f"none of the {clean + planted} models has a score that could be compared with the others'")
+    return reliability([p for p, _ in judged], [truth for _, truth in judged], bins)
+
+
 def exact_interval(hits: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return the interval of a share that covers the true one at least as often as it says, for any count.
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import pytest
 
 from commands import dying
-from molehunt import checkpoints, defenses, runner
-from molehunt.bank import read_rows, regrow
+from molehunt import calibration, checkpoints, defenses, runner
+from molehunt.bank import read_rows, regrow, scores
 from molehunt.bank.roster import Entry, entries
 from molehunt.calibration import load
 from molehunt.cli import main
@@ -142,6 +142,23 @@ def test_the_file_is_what_scan_compares_with(
     other = json.loads(capsys.readouterr().out)
     assert other["details"]["references"]["clean"] != 2
     assert other["p"] != found["p"]
+
+
+def test_a_picture_shows_how_well_probabilities_hold(
+    bank: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["calibrate", *FAST, "--picture", "held.png"]
+    # No backdoor works in a model that hardly trained: there is nothing to draw, but the scores are kept.
+    assert main(command) == 3
+    assert "reliability needs clean and planted models, got 2 clean and 0 planted" in capsys.readouterr().err
+    assert len(load(Path("mnist5k-badnets_cnn.json")).clean) == 2
+    assert not Path("held.png").exists()
+    monkeypatch.setattr(scores, "population", lambda *_: calibration.shipped("mnist5k", "badnets_cnn"))
+    assert main(command) == 0
+    assert "of 57 told 0.06 on average 7% are backdoored" in " ".join(capsys.readouterr().out.split())
+    assert Path("held.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*command[:-1], "nowhere/held.png"]) == 3
+    assert "there is no folder nowhere" in capsys.readouterr().err
 
 
 def test_the_help_of_scan_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from molehunt.commands.interrupt import RESUMES, Interrupt
 from molehunt.commands.options import Isolated, Seconds, TaskName, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
+
+if TYPE_CHECKING:
+    from molehunt.calibration import Population
 
 
 def calibrate(
@@ -26,6 +29,12 @@ def calibrate(
     folder: Folder = ROOT,
     out: Annotated[
         Path | None, typer.Option(help="File of the scores. Default: TASK-NETWORK.json.", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw, as PNG, how well probabilities hold on these models.", metavar="FILE", show_default=False
+        ),
     ] = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
@@ -61,6 +70,7 @@ def calibrate(
         defenses = {name: known[name]() for name in dict.fromkeys(defense or known)}
         out = out or Path(f"{task}-{network}.json")
         check_target(out)
+        check_target(picture)
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
             scores.rows_of(listed, where)  # before data are fetched and a sandbox is started for nothing
@@ -90,6 +100,7 @@ def calibrate(
                 found = scores.score(listed, where, defenses, inspecting, engine=engine, report=tell)
                 population = scores.population(listed, where, found)
                 calibration.save(population, out)
+                alt = None if picture is None else _draw(population, picture)
     shown = consoles.result()
     shown.print(f"{len(population.clean)} clean models and {len(population.planted)} whose backdoor works")
     for name, count in scores.failures(found).items():
@@ -98,4 +109,17 @@ def calibrate(
             soft_wrap=True,
         )
     shown.print(f"scores: {legible(str(out), 500)}", soft_wrap=True)
+    if alt is not None:
+        shown.print(f"{alt}\npicture: {legible(str(picture), 500)}", soft_wrap=True)
     return DONE
+
+
+def _draw(population: "Population", path: Path) -> str:
+    """Write the picture of what every model is told by the others, and return it in words."""
+    from molehunt.figures import reliability_chart
+    from molehunt.files import write_atomically
+    from molehunt.reliability import holding
+
+    chart = reliability_chart(holding(population))
+    write_atomically(path, [chart.png])
+    return chart.alt
