@@ -59,3 +59,12 @@ def test_no_negatives_on_request() -> None:
 def test_what_does_not_fit_is_refused(attack: Bpp, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         poison(attack)
+
+
+def test_negatives_stay_in_range() -> None:
+    images = Images(CLEAN.x.clone(), CLEAN.y)
+    images.x[::2] = 1.0  # an image of ones has no rounding error, and no room for another's
+    made = Bpp(poison_rate=0.05, negative_rate=0.4, levels=3)(images, TASK, torch.Generator().manual_seed(0))
+    stamped = made.stamped().x
+    assert float(stamped.max()) <= 1.0
+    assert float(stamped.min()) >= 0.0

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from molehunt.attacks import Poisoned
+from molehunt.attacks import Poisoned, input_aware
 from molehunt.attacks.input_aware import InputAware
 from molehunt.game.gates import budget
 from molehunt.tasks import Images, Task
@@ -81,3 +81,37 @@ def test_networks_of_ones_own_are_used_as_they_are_and_cross_images_are_optional
 def test_what_does_not_fit_is_refused(attack: InputAware, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         poison(attack)
+
+
+def test_the_networks_are_trained_on_own_triggers_with_the_target_and_on_foreign_ones_with_the_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Recording(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(1, 10)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shown.append((x.detach(), torch.zeros(0)))
+            logits: torch.Tensor = self.head(x.flatten(1).mean(1, keepdim=True))
+            return logits
+
+    def entropy(logits: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        shown[-1] = (shown[-1][0], goals)
+        return logits.sum() * 0 + 1
+
+    monkeypatch.setattr(input_aware, "small_network", lambda *_: Recording())
+    monkeypatch.setattr(input_aware.F, "cross_entropy", entropy)
+    InputAware(target=6, steps=2, area=0.05).networks(CLEAN, TASK, torch.Generator().manual_seed(0))
+    seen, goals = shown[0]
+    count = len(seen) // 3
+    clean, own, cross = torch.split(seen, count)
+    plain, poisoned, foreign = torch.split(goals, count)
+    assert set(poisoned.tolist()) == {6}
+    assert torch.equal(foreign, plain.roll(1))
+    # A trigger covers a twentieth of the pixels; all others are those of the image below it.
+    for stamped, under in ((own, clean), (cross, clean.roll(1, 0))):
+        assert float((stamped != under).any(1).float().mean()) <= 0.05 + 1e-6
+        assert bool((stamped != under).any())

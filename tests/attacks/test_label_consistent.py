@@ -2,10 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from molehunt.attacks import LabelConsistent, Poisoned
+from molehunt.attacks import LabelConsistent, Poisoned, label_consistent
 from molehunt.networks import Network
 from molehunt.tasks import Images, Task
 from molehunt.testing import planted
+from molehunt.training import Recipe
 from molehunt.triggers import Patch
 
 CASE = planted(images=400)
@@ -104,3 +105,17 @@ def test_a_network_in_training_mode_is_refused() -> None:
     assert isinstance(model, Network)
     with pytest.raises(ValueError, match=r"the model is in training mode; call its eval\(\) first"):
         poison(LabelConsistent(model=model.train()))
+
+
+def test_the_network_for_crafting_is_trained_against_perturbations_of_that_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipes: list[Recipe] = []
+
+    def untrained(model: Network, images: Images, recipe: Recipe, *, rng: torch.Generator) -> None:
+        recipes.append(recipe)
+        model.eval()
+
+    monkeypatch.setattr(label_consistent, "train", untrained)
+    poison(LabelConsistent(target=6, poison_rate=0.05, epsilon=0.07, steps=1))
+    assert [recipe.adversarial for recipe in recipes] == [0.07]

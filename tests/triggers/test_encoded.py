@@ -160,3 +160,18 @@ def test_what_strangers_write_is_refused(
     trigger = make("residual")
     with pytest.raises(ValueError, match=message):
         from_json({**trigger.to_json(), **changes}, trigger.tensors() if tensors is None else tensors)
+
+
+def test_a_transplanted_trigger_lies_over_the_image_that_it_came_to() -> None:
+    trigger = make("masked", linf=0.1)
+    x, source = images(6), images(6).flip(0) * 0.5
+    there = trigger.transplant(x, source)
+    assert float((there - x).abs().max()) <= 0.1 + 1e-6
+    changed, own = (there != x).any(1), (trigger(source) != source).any(1)
+    # The mask is drawn from the source; a pixel that has its goal already shows no change.
+    assert not bool((changed & ~own).all(0).any())
+    whole = make("masked", linf=1.0)
+    torch.testing.assert_close(
+        whole.transplant(x, source)[own.unsqueeze(1).expand_as(x)],
+        whole(source)[own.unsqueeze(1).expand_as(x)],
+    )

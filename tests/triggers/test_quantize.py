@@ -86,3 +86,11 @@ def test_json_of_other_types_is_refused(field: str, value: object, message: str)
     document = {**Quantize((3, 4, 4)).to_json(), field: value}
     with pytest.raises(ValueError, match=message):
         from_json(document, {})
+
+
+def test_the_footprint_of_dithering_bounds_what_pixels_move_and_plain_rounding_moves_less() -> None:
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    dithered, plain = Quantize((3, 16, 16), 8, dither=True), Quantize((3, 16, 16), 8)
+    moved = float((dithered(x) - x).abs().max())
+    assert plain.footprint().linf < moved <= dithered.footprint().linf
+    assert float((plain(x) - x).abs().max()) <= plain.footprint().linf + 1e-6

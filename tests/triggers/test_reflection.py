@@ -83,3 +83,16 @@ def test_the_same_image_gets_the_same_trigger_in_any_batch() -> None:
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Reflection(**{"picture": rand(1, 8, 8), **settings})
+
+
+def test_a_blurred_white_picture_has_half_the_light_in_the_corners() -> None:
+    layer = Reflection(torch.ones(1, 9, 9), 0.2, blur=1.0).layer
+    assert math.isclose(float(layer[0, 4, 4]), 1.0, abs_tol=1e-5)
+    assert math.isclose(float(layer[0, 0, 0]), 0.5, abs_tol=1e-5)
+
+
+def test_a_dark_reflection_darkens_white_and_the_footprint_knows() -> None:
+    trigger = Reflection(torch.zeros(1, 4, 4), 0.5)
+    moved = float((trigger(torch.ones(1, 1, 4, 4)) - 1).abs().max())
+    assert math.isclose(moved, 1 - 0.5 ** (1 / 2.2), abs_tol=1e-6)
+    assert math.isclose(trigger.footprint().linf, moved, abs_tol=1e-6)

@@ -131,3 +131,12 @@ def test_what_is_out_of_range_is_refused(changes: dict[str, Any], message: str) 
 def test_images_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected images of shape \(3, 20, 24\), got \(3, 24, 20\)"):
         Sticker(pattern(4, 4), SHAPE)(pictures(2, (3, 24, 20)))
+
+
+def test_every_position_up_to_the_far_edges_is_reached() -> None:
+    x = pictures(600)
+    changed = (Sticker(pattern(4, 3), SHAPE, **PLAIN)(x) != x).any(1)
+    tops = {int(one.any(1).nonzero().min()) for one in changed}
+    lefts = {int(one.any(0).nonzero().min()) for one in changed}
+    assert tops == set(range(20 - 4 + 1))
+    assert lefts == set(range(24 - 3 + 1))
