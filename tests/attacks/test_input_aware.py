@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from molehunt.attacks import Poisoned, input_aware
 from molehunt.attacks.input_aware import InputAware
@@ -103,7 +104,7 @@ def test_the_networks_are_trained_on_own_triggers_with_the_target_and_on_foreign
         return logits.sum() * 0 + 1
 
     monkeypatch.setattr(input_aware, "small_network", lambda *_: Recording())
-    monkeypatch.setattr(input_aware.F, "cross_entropy", entropy)
+    monkeypatch.setattr(F, "cross_entropy", entropy)
     InputAware(target=6, steps=2, area=0.05).networks(CLEAN, TASK, torch.Generator().manual_seed(0))
     seen, goals = shown[0]
     count = len(seen) // 3
