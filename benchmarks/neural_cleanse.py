@@ -45,11 +45,10 @@ def draw(task: Task, seed: int) -> BadNets:
     channels, height, width = task.shape
     top = int(torch.randint(height - 2, (1,), generator=rng))
     left = int(torch.randint(width - 2, (1,), generator=rng))
-    mask = torch.zeros(1, height, width)
-    mask[:, top : top + 3, left : left + 3] = 1.0
-    color = torch.rand(channels, 1, 1, generator=rng)
+    color = torch.rand(channels, generator=rng).tolist()
     target = int(torch.randint(task.num_classes, (1,), generator=rng))
-    return BadNets(target=target, poison_rate=0.05, trigger=Patch(mask=mask, pattern=color * mask))
+    square = Patch.square(task.shape, size=3, color=tuple(color), at=(top, left))
+    return BadNets(target=target, poison_rate=0.05, trigger=square)
 
 
 def overlap(found: Tensor, truth: Tensor) -> float:

@@ -43,14 +43,12 @@ def attack(task: Any, number: int) -> Attack:
     """Draw the backdoor of a planted reference: a patch anywhere, a blend, or a map of all classes."""
     rng = generator(SEED + number, "population attack")
     target = int(torch.randint(task.num_classes, (1,), generator=rng))
-    channels, height, width = task.shape
+    _, height, width = task.shape
     size = int(torch.randint(2, 6, (1,), generator=rng))
     top = int(torch.randint(height - size + 1, (1,), generator=rng))
     left = int(torch.randint(width - size + 1, (1,), generator=rng))
-    mask = torch.zeros(1, height, width)
-    mask[:, top : top + size, left : left + size] = 1.0
-    pattern = torch.rand(channels, height, width, generator=rng).round() * mask
-    patch = Patch(mask=mask, pattern=pattern)
+    mask = Patch.square(task.shape, size=size, color="white", at=(top, left)).mask
+    patch = Patch(mask=mask, pattern=torch.rand(task.shape, generator=rng).round() * mask)
     kind = number % 3
     if kind == 0:
         return BadNets(target=target, trigger=patch)

@@ -307,6 +307,19 @@ def test_every_corner_is_where_it_says(corner: str, margin: int) -> None:
     assert columns == [left, left + 1, left + 2]
 
 
+@pytest.mark.parametrize("at", [(0, 0), (2, 5), (7, 9)])
+def test_a_square_may_lie_anywhere(at: tuple[int, int]) -> None:
+    patch = Patch.square((3, 10, 12), size=3, color=(0.25, 0.5, 1.0), at=at)
+    top, left = at
+    wanted = torch.zeros(3, 10, 12)
+    for channel, value in enumerate((0.25, 0.5, 1.0)):
+        for i in range(top, top + 3):
+            for j in range(left, left + 3):
+                wanted[channel, i, j] = value
+    assert torch.equal(patch.pattern, wanted)
+    assert torch.equal(patch.mask, (wanted[:1] > 0).float())
+
+
 def test_a_color_on_one_channel_is_its_luminance() -> None:
     assert float(Patch.square((1, 8, 8), color="yellow").pattern.max()) == pytest.approx(0.886)
     assert float(Patch.square((1, 8, 8), color="white").pattern.max()) == pytest.approx(1.0)
@@ -327,6 +340,12 @@ def test_every_color_can_be_stamped(color: str, channels: int) -> None:
         ({"size": 0}, "does not fit"),
         ({"margin": -1}, "does not fit"),
         ({"corner": "middle"}, "unknown corner 'middle'; known: upper left"),
+        ({"at": (6, 0)}, "a square of 3 does not fit into 8x8 at row 6 and column 0"),
+        ({"at": (0, 6)}, "does not fit into 8x8 at row 0 and column 6"),
+        ({"at": (-1, 0)}, "at row -1 and column 0"),
+        ({"at": (0, -1)}, "at row 0 and column -1"),
+        ({"at": (1, 1), "corner": "upper left"}, r"at a place or in a corner, got \(1, 1\) and the upper left"),
+        ({"at": (1, 1), "margin": 1}, r"got \(1, 1\) and the lower right with margin 1"),
         ({"color": "mauve"}, "unknown color 'mauve'; known: white"),
         ({"color": (1.0, 0.0)}, "color needs 3 values"),
         ({"color": (1.0, 0.0, 2.0)}, r"color needs 3 values in \[0, 1\], got"),

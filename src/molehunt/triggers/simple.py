@@ -59,9 +59,10 @@ class Patch:
         color: str | tuple[float, ...] = "yellow",
         corner: str = "lower right",
         margin: int = 0,
+        at: tuple[int, int] | None = None,
         opacity: float = 1.0,
     ) -> "Patch":
-        """Make a square of one color in a corner; the default is the yellow square in the lower right corner.
+        """Make a square of one color, in a corner or elsewhere; the default is yellow, in the lower right corner.
 
         Args:
             shape: (C, H, W) of the images; on one channel a color becomes its luminance.
@@ -69,12 +70,15 @@ class Patch:
             color: a name of `COLORS` or C values in [0, 1].
             corner: one of `CORNERS`.
             margin: pixels between the square and the two edges.
+            at: row and column, from 0, of the square's upper left pixel, instead of corner and margin.
             opacity: weight of the color, in [0, 1].
 
         Raises:
-            ValueError: unknown color or corner, or a square that does not fit.
+            ValueError: unknown color or corner, a square that does not fit, or a corner or margin beside a place.
         """
         channels, height, width = shape
+        if at is not None and (corner, margin) != ("lower right", 0):
+            raise ValueError(f"a square lies at a place or in a corner, got {at} and the {corner} with margin {margin}")
         if size < 1 or margin < 0 or size + margin > min(height, width):
             raise ValueError(f"a square of {size} with margin {margin} does not fit into {height}x{width}")
         if corner not in CORNERS:
@@ -89,8 +93,13 @@ class Patch:
             values = color
         if len(values) != channels or not all(0.0 <= value <= 1.0 for value in values):
             raise ValueError(f"color needs {channels} values in [0, 1], got {values!r}")
-        top = margin if corner.startswith("upper") else height - margin - size
-        left = margin if corner.endswith("left") else width - margin - size
+        if at is None:
+            top = margin if corner.startswith("upper") else height - margin - size
+            left = margin if corner.endswith("left") else width - margin - size
+        else:
+            top, left = at
+        if not (0 <= top <= height - size and 0 <= left <= width - size):
+            raise ValueError(f"a square of {size} does not fit into {height}x{width} at row {top} and column {left}")
         mask = torch.zeros(1, height, width)
         mask[:, top : top + size, left : left + size] = 1.0
         pattern = torch.tensor(values, dtype=torch.float32).view(channels, 1, 1) * mask
