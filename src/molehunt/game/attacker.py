@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned, available
-from molehunt.game.rules import Board
+from molehunt.game.rules import Board, Limits
 from molehunt.game.seal import Sealed
 from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
@@ -39,7 +39,7 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
     """Return the teams of the example game: five attackers and two honest teams, then the same kinds again.
 
     Args:
-        task: what they train for.
+        task: what they train for; its training labels are looked at, as some classes may be too rare for an attack.
         count: how many teams, at least one.
         rng: draws every team's target, sources and place.
         board: what they hand in; a training set has room for fewer altered rows, covers included.
@@ -55,6 +55,12 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
 
     # A 3x3 square is learned in half of the games only: mnist5k has 3 500 images, and 280 steps (benchmarks/teams.py).
     rare, common = (0.1, 0.2) if board == "weights" else (0.05, 0.1)
+    sizes = torch.bincount(task.load("train").y, minlength=task.num_classes)
+    rows = int(sizes.sum())
+    if board == "data":
+        # In whole rows, because a source-specific attack has as many covers: twice a twentieth, each rounded up, may be
+        # a row more than a tenth.
+        rare = Limits().rows(rows) // 2 / rows
     made: list[Team] = []
     while len(made) < count:
         turn = len(made) // 7
@@ -77,7 +83,10 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
             entry = "Carousel", BadNets(target="all", trigger=square, poison_rate=common)
         elif kind == 5:
             square = Patch.square(task.shape, size=4, color="white", corner="upper left")
-            agent = BadNets(target=order[0], sources=(order[1], order[2]), trigger=square, poison_rate=rare)
+            # Two classes of ten. Of 43 kinds of traffic signs two would not have enough images to poison.
+            enough = int((sizes[order[1:]].cumsum(0) < 1.5 * rare * rows).sum()) + 1
+            sources = tuple(order[1 : 1 + max(2, enough)])
+            agent = BadNets(target=order[0], sources=sources, trigger=square, poison_rate=rare)
             entry = "Double Agent", agent
         else:
             entry = "Plain Jane", None
