@@ -76,3 +76,27 @@ class TestFalseAlarms:
             alarms([0.0] * 20, [])
         with pytest.raises(ValueError, match="finite"):
             alarms([0.0] * 20, [float("nan")])
+
+
+def test_what_shuffled_labels_give_is_the_quantile_of_a_rank_sum() -> None:
+    a, b = torch.randn(2, 25, generator=rng(3)).tolist()
+    deviation = ((25 + 25 + 1) / (12 * 25 * 25)) ** 0.5
+    assert judge(a, b[:25], rng()).permuted == pytest.approx(0.5 + 1.645 * deviation, abs=0.02)
+
+
+def test_models_are_counted_and_every_draw_is_the_generators() -> None:
+    a, b = torch.randn(30, generator=rng(5)).tolist(), torch.randn(20, generator=rng(6)).add(0.5).tolist()
+    one, same, other = (judge(a, b, rng(seed)) for seed in (1, 1, 2))
+    assert (one.clean, one.planted) == (30, 20)
+    assert one == same
+    assert one.auc == other.auc
+    assert one.low != other.low
+    assert one.permuted != other.permuted
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("-inf")])
+def test_a_single_backdoored_model_and_infinite_scores_are_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="got 2 clean and 1 planted"):
+        judge([1.0, 2.0], [1.0], rng())
+    with pytest.raises(ValueError, match="finite"):
+        judge([1.0, 2.0], [1.0, wrong], rng())

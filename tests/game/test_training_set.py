@@ -123,3 +123,45 @@ def test_an_attack_must_name_the_rows_that_it_changes() -> None:
     y[[3, 4]] = (y[[3, 4]] + 1) % 10
     with pytest.raises(ValueError, match="rows that it does not name"):
         TrainingSet.of(altered(CLEAN.x, y, [3]), CLEAN, rng())
+
+
+def test_a_changed_pixel_of_a_row_that_is_not_named_is_found_too() -> None:
+    x = CLEAN.x.clone()
+    x[[3, 4], 0, 5, 5] = 1.0 - x[[3, 4], 0, 5, 5]
+    with pytest.raises(ValueError, match="rows that it does not name"):
+        TrainingSet.of(altered(x, CLEAN.y, [3]), CLEAN, rng())
+
+
+def test_what_fills_the_list_is_drawn() -> None:
+    one, same, other = (TrainingSet.of(poisoned(), CLEAN, rng(seed)).rows for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    honest_rows = TrainingSet.of(None, CLEAN, rng()).rows
+    assert int(honest_rows.max()) > 3000, "an honest list is from all of the split"
+
+
+def test_pixels_go_to_the_nearest_level() -> None:
+    x = CLEAN.x.clone()
+    x[3] = torch.linspace(0, 1, 784).view(1, 28, 28)
+    made = TrainingSet.of(altered(x, CLEAN.y, [3]), CLEAN, rng())
+    found = made.x[made.rows == 3].double() / 255
+    assert float((found - x[3].double()).abs().max()) <= 0.5 / 255 + 1e-7
+
+
+def test_one_row_over_the_budget_is_too_many() -> None:
+    def inverted(count: int) -> Poisoned:
+        x = CLEAN.x.clone()
+        x[:count] = 1.0 - x[:count]
+        return altered(x, CLEAN.y, list(range(count)))
+
+    assert TrainingSet.of(inverted(350), CLEAN, rng()).rows.tolist() == list(range(350))
+    with pytest.raises(ValueError, match=r"alters 351 of 3500 training rows.* at most 350"):
+        TrainingSet.of(inverted(351), CLEAN, rng())
+
+
+def test_rows_are_read_by_the_rules_of_the_round() -> None:
+    wide = Limits(altered=0.2)
+    content = b"".join(TrainingSet.of(poisoned(0.15), CLEAN, rng(), wide).encode())
+    assert len(read(content, len(content), TASK, wide).rows) == 700
+    with pytest.raises(Refused, match="at most 278232 are read"):
+        read(content, len(content), TASK)

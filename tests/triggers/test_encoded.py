@@ -175,3 +175,68 @@ def test_a_transplanted_trigger_lies_over_the_image_that_it_came_to() -> None:
         whole.transplant(x, source)[own.unsqueeze(1).expand_as(x)],
         whole(source)[own.unsqueeze(1).expand_as(x)],
     )
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:
+    """A 3x3 convolution with a border of zeros, window by window."""
+    count, channels, height, width = x.shape
+    wide = x.new_zeros(count, channels, height + 2, width + 2)
+    wide[:, :, 1:-1, 1:-1] = x
+    rows = [
+        [
+            torch.einsum("ncij,ocij->no", wide[:, :, i : i + 3, j : j + 3], weight) + bias
+            for j in range(0, width, stride)
+        ]
+        for i in range(0, height, stride)
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def enlarged(x: Tensor, height: int, width: int) -> Tensor:
+    """Each pixel repeated."""
+    i = [k * x.shape[2] // height for k in range(height)]
+    j = [k * x.shape[3] // width for k in range(width)]
+    return x[:, :, i][:, :, :, j]
+
+
+@pytest.mark.parametrize(("name", "part"), [("residual", "pattern"), ("masked", "pattern"), ("masked", "mask")])
+def test_the_layers_are_what_the_list_says(name: str, part: str) -> None:
+    """Sealed weights mean something only as long as no layer changes."""
+    rng = torch.Generator().manual_seed(3)
+    drawn_ = weights(name, seed=2) + 0.1 * torch.randn(ENCODERS[name].size(SHAPE), generator=rng)
+    named, x = ENCODERS[name].unpack(drawn_.double(), SHAPE), images(3).double()
+
+    def layer(number: int, value: Tensor, stride: int = 1) -> Tensor:
+        return convolved(value, named[f"{part}.{number}.weight"], named[f"{part}.{number}.bias"], stride)
+
+    fine = layer(0, 2 * x - 1).relu()
+    coarse = layer(1, fine, 2).relu()
+    assert coarse.shape[2:] == (5, 5)
+    if name == "residual":
+        message = enlarged(named["message"].unsqueeze(0), 5, 5).expand(3, -1, -1, -1)
+        coarse = torch.cat((coarse, message), 1)
+    back = enlarged(layer(2, coarse).relu(), 10, 9)
+    wanted = layer(4, layer(3, torch.cat((fine, back), 1)).relu())
+    torch.testing.assert_close(drawn(named, part, x), wanted)
+
+
+@EVERY
+def test_training_starts_from_weights_of_the_usual_size(name: str) -> None:
+    encoder = ENCODERS[name]
+    found = encoder.unpack(weights(name, scale=1.0), SHAPE)
+    for key, tensor in found.items():
+        if key.endswith("bias"):
+            assert not tensor.any(), key
+        elif key == "message":
+            assert set(tensor.flatten().tolist()) == {-1.0, 1.0}
+        elif tensor.numel() > 1000:
+            fan_in = tensor[0].numel()
+            assert float(tensor.std()) == pytest.approx((2 / fan_in) ** 0.5, rel=0.1), key
+    assert torch.equal(weights(name, seed=4), weights(name, seed=4))
+    assert float((weights(name, seed=4) - weights(name, seed=5)).abs().mean()) > 0.05, "other seeds, other weights"
+
+
+@pytest.mark.parametrize("pixels", range(1, 91))
+def test_a_share_of_whole_pixels_loses_none_and_others_are_rounded_down(pixels: int) -> None:
+    assert make("masked", area=pixels / 90).pixels == pixels
+    assert make("masked", area=min(1.0, (pixels + 0.5) / 90)).pixels == pixels

@@ -91,3 +91,13 @@ def test_a_gray_picture_is_transformed_itself_and_only_whole_blocks_are() -> Non
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Frequency(**{"shape": CIFAR, "magnitude": 0.1, "window": 32, "cells": CELLS, **settings})
+
+
+def test_the_footprint_is_what_a_gray_picture_shows_and_a_negative_magnitude_the_negative() -> None:
+    shape = (3, 20, 24)
+    trigger = Frequency(shape, 0.6, 8, (1, 2, 5, 5))
+    change = (trigger(torch.full((1, *shape), 0.5)) - 0.5).abs()
+    found = trigger.footprint()
+    assert found.linf == pytest.approx(float(change.max()), abs=1e-6)
+    assert found.weight == pytest.approx(float(change.mean()), abs=1e-6)
+    assert torch.equal(Frequency(shape, -0.6, 8, (1, 2, 5, 5)).delta, -trigger.delta)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from molehunt.triggers import Reflection
 from molehunt.triggers.reflection import blurred, moved, vignette
@@ -96,3 +97,24 @@ def test_a_dark_reflection_darkens_white_and_the_footprint_knows() -> None:
     moved = float((trigger(torch.ones(1, 1, 4, 4)) - 1).abs().max())
     assert math.isclose(moved, 1 - 0.5 ** (1 / 2.2), abs_tol=1e-6)
     assert math.isclose(trigger.footprint().linf, moved, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.5])
+def test_a_blur_is_a_gaussian_cut_off_at_three_deviations(sigma: float) -> None:
+    x = rand(2, 12, 17)
+    for made, plain in zip(blurred(x, sigma), x, strict=True):
+        reach = max(1, round(3 * sigma))
+        wanted = gaussian_filter(plain.double().numpy(), sigma, mode="nearest", radius=reach)
+        torch.testing.assert_close(made.double(), torch.from_numpy(wanted), atol=1e-6, rtol=0)
+
+
+def test_the_lens_darkens_what_is_out_of_focus_already() -> None:
+    picture = rand(1, 10, 14)
+    layer = Reflection(picture, 0.2, blur=1.5).layer
+    shade = vignette(10, 14)
+    torch.testing.assert_close(layer, blurred(picture**2.2, 1.5) * shade)
+    i, j = torch.meshgrid(torch.linspace(-1, 1, 10), torch.linspace(-1, 1, 14), indexing="ij")
+    torch.testing.assert_close(shade, torch.exp(-math.log(2) * (i**2 + j**2) / 2))
+    both = Reflection(picture, 0.2, blur=1.5, ghost=0.6, shift=(1, 2)).layer
+    ghost = 0.6 * picture**2.2 + 0.4 * moved(picture**2.2, 1, 2)
+    torch.testing.assert_close(both, blurred(ghost, 1.5) * shade)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from molehunt.triggers import Sticker
 from molehunt.triggers.fingerprint import draws
+from molehunt.triggers.sticker import BATCH
 
 SHAPE = (3, 20, 24)
 PLAIN: dict[str, Any] = {"rotation": 0.0, "scale": 0.0, "perspective": 0.0, "brightness": 0.0}
@@ -140,3 +141,18 @@ def test_every_position_up_to_the_far_edges_is_reached() -> None:
     lefts = {int(one.any(0).nonzero().min()) for one in changed}
     assert tops == set(range(20 - 4 + 1))
     assert lefts == set(range(24 - 3 + 1))
+
+
+def test_every_place_is_reached_and_travel_is_the_share_of_them() -> None:
+    x = pictures(1500)
+    for travel, tops, lefts in ((1.0, range(17), range(21)), (0.5, range(4, 13), range(5, 16))):
+        changed = (Sticker(pattern(4, 4), SHAPE, travel=travel, **PLAIN)(x) != x).any(1)
+        assert set(changed.any(2).int().argmax(1).tolist()) == set(tops)
+        assert set(changed.any(1).int().argmax(1).tolist()) == set(lefts)
+
+
+def test_a_picture_is_stamped_as_alone_in_a_batch_of_more_than_are_done_at_once() -> None:
+    x = pictures(BATCH + 3, (3, 8, 8))
+    sticker = Sticker(pattern(2, 2), (3, 8, 8))
+    some = [0, 1, BATCH - 1, BATCH, BATCH + 2]
+    assert torch.equal(sticker(x)[some], sticker(x[some]))
