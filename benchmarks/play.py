@@ -109,6 +109,8 @@ def collect() -> None:
 
     def figure(name: str, field: str, unit: str, goal: float, better: Any, command: str) -> Figure:
         found = [row for row in kept if row["figure"] == name]
+        # Another number format is another machine: no median goes across the two.
+        found = [row for row in found if row.get("dtype") == found[-1].get("dtype")]
         values = [row[field] for row in found]
         return Figure(
             value=spread(values)["median"] if values else None,
