@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from molehunt.networks import NETWORKS, Network, build
 from molehunt.tasks import TASKS, Images
 from molehunt.training import RECIPES, Recipe, accuracy, recipe_for, train
-from molehunt.training.augmentation import crop
-from molehunt.training.batches import Order
+from molehunt.training.augmentation import cover, crop
+from molehunt.training.batches import Batches, Order
 from molehunt.training.optimizers import Muon, make_optimizers, orthogonalize
 
 SHAPE = (3, 16, 16)
@@ -367,3 +367,50 @@ def test_the_mnist_recipe_reaches_its_figures(attack: bool) -> None:
     others = test.x[test.y != 0]
     success = accuracy(model, Images(poisoned.trigger(others), torch.zeros(len(others), dtype=torch.int64)))
     assert success >= 0.99 if attack else success < 0.05
+
+
+def test_a_cover_lies_where_it_is_told_and_only_within_the_picture() -> None:
+    x = torch.rand(3, 2, 6, 7, generator=torch.Generator().manual_seed(0))
+    out = cover(x, torch.tensor([1, -2, 5]), torch.tensor([2, -1, 6]), 3, torch.tensor([0.25, 0.75]))
+    expected = x.clone()
+    for image, (rows, columns) in enumerate(
+        ((slice(1, 4), slice(2, 5)), (slice(0, 1), slice(0, 2)), (slice(5, 6), slice(6, 7)))
+    ):
+        expected[image, 0, rows, columns], expected[image, 1, rows, columns] = 0.25, 0.75
+    assert torch.equal(out, expected)
+
+
+def test_cutout_covers_a_square_of_every_picture_with_the_mean_color_before_the_stamp() -> None:
+    rng = torch.Generator().manual_seed(0)
+    images = Images(torch.rand(40, 3, 12, 12, generator=rng), torch.arange(40) % 10)
+    recipe = replace(RECIPE, augment="none", cutout=4, batch=40)
+
+    def stamp(x: Tensor, rows: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :, :2, :2] = 1.0
+        return x
+
+    x, _ = Batches(images, recipe, torch.Generator().manual_seed(1), stamp).next()
+    assert (x[:, :, :2, :2] == 1).all()
+    color = images.x.mean((0, 2, 3)).view(1, 3, 1, 1)
+    covered = (x == color).all(1)
+    assert set(covered.flatten(1).sum(1).tolist()) <= set(range(17))
+    assert int(covered.flatten(1).sum(1).max()) == 16
+    seen = covered.float().mean(0)
+    assert float(seen[3:].min()) > 0.0, "every place is covered now and then"
+
+
+def test_a_recipe_without_cutout_draws_what_it_always_drew() -> None:
+    images = Images(torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 10)
+    states = []
+    for recipe in (replace(RECIPE, augment="crop", batch=10), replace(RECIPE, augment="crop", batch=10, cutout=3)):
+        rng = torch.Generator().manual_seed(1)
+        Batches(images, recipe, rng).next()
+        states.append(rng.get_state())
+    drawn = torch.Generator().manual_seed(1)
+    torch.randint(2, (20,), generator=drawn)
+    torch.randperm(20, generator=drawn)
+    reach = (-RECIPE.shift, RECIPE.shift + 1)
+    torch.randint(*reach, (2, 10), generator=drawn)
+    assert torch.equal(states[0], drawn.get_state())
+    assert not torch.equal(states[0], states[1])

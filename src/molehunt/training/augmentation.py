@@ -1,4 +1,4 @@
-"""Batched augmentation: shifts with a reflected border, and mirroring, in one indexing step."""
+"""Batched augmentation: shifts with a reflected border and mirroring, in one indexing step, and covered squares."""
 
 import torch
 from torch import Tensor
@@ -24,6 +24,28 @@ def crop(x: Tensor, down: Tensor, right: Tensor, mirror: Tensor | None = None) -
     rows = torch.arange(len(x), device=x.device)[:, None, None]
     # Channels last: the values of a pixel are neighbors, so that the copy moves runs and not single numbers.
     return x.permute(0, 2, 3, 1)[rows, i[:, :, None], j[:, None, :]].permute(0, 3, 1, 2)
+
+
+def cover(x: Tensor, top: Tensor, left: Tensor, side: int, color: Tensor) -> Tensor:
+    """Cover a square of each image, as far as it lies within the image.
+
+    Args:
+        x: (B, C, H, W).
+        top: int64 (B,), first row of the square; may be negative.
+        left: int64 (B,), first column; may be negative.
+        side: of the square in pixels.
+        color: (C,) what covers it.
+
+    Returns:
+        (B, C, H, W), in the layout of x.
+
+    Reference:
+        DeVries, Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017.
+    """
+    i = torch.arange(x.shape[2], device=x.device) - top.unsqueeze(1)
+    j = torch.arange(x.shape[3], device=x.device) - left.unsqueeze(1)
+    inside = ((i >= 0) & (i < side)).unsqueeze(2) & ((j >= 0) & (j < side)).unsqueeze(1)
+    return torch.where(inside.unsqueeze(1), color.to(x).view(1, -1, 1, 1), x)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from molehunt.tasks import Images
-from molehunt.training.augmentation import crop
+from molehunt.training.augmentation import cover, crop
 from molehunt.training.recipes import Recipe
 
 Stamp = Callable[[Tensor, Tensor], Tensor]
@@ -56,6 +56,7 @@ class Batches:
         # Which images are mirrored in even passes; the others are mirrored in odd ones, so that two passes show both
         # sides of every image.
         self.mirrored = torch.randint(2, (len(self.x),), generator=rng)
+        self.color = self.x.mean((0, 2, 3)) if recipe.cutout else None
 
     @property
     def passes(self) -> int:
@@ -81,7 +82,14 @@ class Batches:
     def _augment(self, rows: Tensor, mirror: Tensor) -> Tensor:
         x, recipe = self.x, self.recipe
         picked = x[rows.to(x.device)].contiguous(memory_format=torch.channels_last)
-        if recipe.augment == "none":
+        if recipe.augment != "none":
+            reach = (-recipe.shift, recipe.shift + 1)
+            down, right = torch.randint(*reach, (2, len(rows)), generator=self.rng).to(x.device)
+            picked = crop(picked, down, right, mirror.bool().to(x.device) if recipe.augment == "flip_crop" else None)
+        if self.color is None:
             return picked
-        down, right = torch.randint(-recipe.shift, recipe.shift + 1, (2, len(rows)), generator=self.rng).to(x.device)
-        return crop(picked, down, right, mirror.bool().to(x.device) if recipe.augment == "flip_crop" else None)
+        # Its center lies anywhere in the picture.
+        center = torch.rand(2, len(rows), generator=self.rng).to(x.device)
+        height, width = x.shape[2:]
+        top, left = (center[0] * height).long(), (center[1] * width).long()
+        return cover(picked, top - recipe.cutout // 2, left - recipe.cutout // 2, recipe.cutout, self.color)

@@ -31,6 +31,8 @@ class Recipe:
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
         augment: "none", "crop" (shifts), "flip_crop" (shifts and mirroring), as in `Task.augment`.
         shift: largest shift of "crop" in pixels, each way; the border is filled by reflection.
+        cutout: side in pixels of a square that is covered in every picture after the other augmentation, at a place of
+            its own, in part beyond the border now and then; 0 for none. What covers it is the mean color of the set.
         adversarial: train on pictures that were first made harder by one signed gradient step of at most this size (of
             1) per value; 0 for none. Costs one more forward and backward pass; see `molehunt.training.adversarial`.
         initialize: set the layers that are computed from data first; False when training goes on from given weights.
@@ -54,6 +56,7 @@ class Recipe:
     label_smoothing: float = 0.0
     augment: Augment = "none"
     shift: int = 2
+    cutout: int = 0
     adversarial: float = 0.0
     initialize: bool = True
     precision: Precision = "fast"
@@ -71,6 +74,7 @@ class Recipe:
             "warmup": 0 <= self.warmup <= 1,
             "label_smoothing": 0 <= self.label_smoothing < 1,
             "shift": self.shift >= 0,
+            "cutout": self.cutout >= 0,
             "adversarial": 0 <= self.adversarial <= 1,
             "optimizer": self.optimizer in get_args(Optimizer),
             "schedule": self.schedule in get_args(Schedule),
