@@ -4,7 +4,6 @@ A first, honest fusion: conformal p-values against clean reference models, combi
 reference models support, and says when it cannot tell.
 """
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,15 +14,11 @@ from torch import Tensor
 from molehunt.calibration import Population, dtype_remark, recipe_remark, settings, statistic
 from molehunt.conformal import INDICATIVE, combined, conformal, indicative, posterior
 from molehunt.defenses._statistics import median, spread
-from molehunt.findings import Abstention, Failure, Finding, Outcome, State, Verdict
-from molehunt.suspect import BATCH, Suspect
+from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
+from molehunt.repair import Recovered, choose, success
+from molehunt.suspect import Suspect
 from molehunt.tasks import Images
-from molehunt.triggers import Trigger, fits
 
-REPAIR_FROM = 0.2
-"""Below this p the submitted weights stand: do no harm."""
-DROP = 0.05
-"""Clean accuracy that a repair may cost on held-out images, as a share."""
 UNIFORM = 0.02
 """Share of q that is spread evenly over all classes, so that no class is ever ruled out."""
 COVERAGE = 0.8
@@ -61,26 +56,6 @@ class Fused:
     clean: int
     planted: int
     dropped: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Recovered:
-    """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured."""
-
-    defense: str
-    trigger: Trigger
-    target: int
-    asr: float | None
-
-    @property
-    def weight(self) -> float:
-        """Share of the picture that it replaces, opacity times area."""
-        return self.trigger.footprint().weight
-
-    @property
-    def merit(self) -> float:
-        """Held-out success rate minus half the weight; what was not measured counts as no success."""
-        return (self.asr or 0.0) - 0.5 * self.weight
 
 
 def verdict(
@@ -144,15 +119,15 @@ def verdict(
     evidence.skipped |= {o.defense: _silence(o) for o in outcomes if not isinstance(o, Finding)}
     q = class_probabilities(findings, evidence.p_values, classes)
     recovered = [
-        _Recovered(
-            defense=f.defense, trigger=f.trigger, target=f.target, asr=_asr(f.trigger, f.target, suspect, held_out)
+        Recovered(
+            defense=f.defense, trigger=f.trigger, target=f.target, asr=success(f.trigger, f.target, suspect, held_out)
         )
         for f in findings
         if f.trigger is not None and f.target is not None
     ]
     likeliest = [c for c in recovered if c.target == int(q.argmax())] or recovered
     best = max(likeliest, key=lambda c: (c.merit, c.defense)) if likeliest else None
-    repaired, repair = _repair(findings, evidence.p, recovered, suspect, held_out)
+    repaired, repair = choose(findings, evidence.p, recovered, suspect, held_out)
     return Verdict(
         p=evidence.p,
         q=q,
@@ -327,64 +302,3 @@ def _silence(outcome: Outcome) -> str:
     if isinstance(outcome, Failure):
         return f"failed ({outcome.kind}): {outcome.message}"
     return f"abstained: {outcome.reason}" if isinstance(outcome, Abstention) else ""
-
-
-def _asr(trigger: Trigger, target: int, suspect: Suspect | None, held_out: Images | None) -> float | None:
-    """Share of held-out images of other classes that the trigger sends to its class."""
-    if suspect is None or held_out is None or not fits(trigger, suspect.task.shape):
-        return None
-    x = held_out.x[held_out.y != target]
-    if len(x) == 0:
-        return None
-    hits = sum(
-        int((suspect.logits(trigger(x[i : i + BATCH])).argmax(1) == target).sum()) for i in range(0, len(x), BATCH)
-    )
-    return hits / len(x)
-
-
-def _repair(
-    findings: Sequence[Finding],
-    p: float,
-    recovered: Sequence[_Recovered],
-    suspect: Suspect | None,
-    held_out: Images | None,
-) -> tuple[State | None, dict[str, Any]]:
-    """Choose a repair, or none, and say why."""
-    offers = [f for f in findings if f.repaired is not None]
-    if not offers:
-        return None, {"taken": None, "why": "no defense offered a repair"}
-    if p < REPAIR_FROM:
-        return None, {"taken": None, "why": f"p = {p:.3f} is below {REPAIR_FROM}: the submitted weights stand"}
-    if suspect is None or held_out is None or len(held_out.y) == 0:
-        taken = offers[0]
-        return taken.repaired, {"taken": taken.defense, "why": "taken on trust: nothing to measure it on was given"}
-    before = _accuracy(suspect, held_out)
-    tried: list[dict[str, Any]] = []
-    best: tuple[float, float, str] | None = None
-    state: State | None = None
-    for offer in offers:
-        model = copy.deepcopy(suspect.model)
-        try:
-            model.load_state_dict(dict(offer.repaired or {}))
-        except RuntimeError as error:
-            tried.append({"defense": offer.defense, "accepted": False, "why": str(error).splitlines()[0]})
-            continue
-        cleaned = Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
-        after = _accuracy(cleaned, held_out)
-        rates = [_asr(c.trigger, c.target, cleaned, held_out) for c in recovered]
-        residual = max((rate for rate in rates if rate is not None), default=0.0)
-        accepted = after >= before - DROP
-        tried.append(
-            {"defense": offer.defense, "accepted": accepted, "accuracy_after": after, "residual_asr": residual}
-        )
-        merit = (residual, -after, offer.defense)
-        if accepted and (best is None or merit < best):
-            best, state = merit, offer.repaired
-    why = "lowest residual success of the recovered triggers" if best else f"no repair kept accuracy within {DROP}"
-    record: dict[str, Any] = {"taken": best[2] if best else None, "why": why, "accuracy_before": before}
-    return state, record | {"accuracy_after": -best[1] if best else before, "tried": tried}
-
-
-def _accuracy(suspect: Suspect, images: Images) -> float:
-    """Share of the images that are classified as their true class."""
-    return float((suspect.logits(images.x).argmax(1).cpu() == images.y.cpu()).double().mean())

@@ -23,12 +23,16 @@ class Alarms:
         count: fresh clean models whose conformal p-value is at most the level.
         models: fresh clean models with a p-value.
         low, high: the counts between which 95 % of all draws of calibration and fresh models lie, at least.
+        references: clean models behind every p-value.
+        level: p-value up to which a model counts as suspicious.
     """
 
     count: int
     models: int
     low: int
     high: int
+    references: int
+    level: float
 
     @property
     def expected(self) -> bool:
@@ -119,7 +123,7 @@ def null_check(known: Population, fresh: Population, *, level: float = LEVEL) ->
                 distance=float(test.statistic),
                 p_value=float(test.pvalue),
                 corrected=value,
-                alarms=_alarms(
+                alarms=count_alarms(
                     [conformal(s, known.column(name)) for s in fresh.column(name)], len(known.column(name)), level
                 ),
             )
@@ -173,10 +177,12 @@ def expected_alarms(references: int, models: int, level: float = LEVEL, share: f
     return int(spread.ppf((1.0 - share) / 2)), int(spread.ppf((1.0 + share) / 2))
 
 
-def _alarms(p_values: Sequence[float], references: int, level: float) -> Alarms:
+def count_alarms(p_values: Sequence[float], references: int, level: float = LEVEL) -> Alarms:
+    """Count the p-values that reach a level, beside what chance gives; see `expected_alarms`."""
     low, high = expected_alarms(references, len(p_values), level)
     # Ranks are fractions: 5 / 100 as a float must reach 0.05.
-    return Alarms(count=sum(p <= level + 1e-9 for p in p_values), models=len(p_values), low=low, high=high)
+    count = sum(p <= level + 1e-9 for p in p_values)
+    return Alarms(count=count, models=len(p_values), low=low, high=high, references=references, level=level)
 
 
 def _combined(known: Population, fresh: Population, names: Sequence[str], level: float) -> Alarms:
@@ -184,4 +190,4 @@ def _combined(known: Population, fresh: Population, names: Sequence[str], level:
     fused = [fuse(dict(zip(names, row, strict=True)), known) for row in fresh.table(names)]
     p_values = [f.p_value for f in fused if f.p_value is not None]
     # References that lack a score of some defense take no part, for any fresh model alike.
-    return _alarms(p_values, fused[0].clean if fused else 0, level)
+    return count_alarms(p_values, fused[0].clean if fused else 0, level)

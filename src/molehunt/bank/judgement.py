@@ -1,14 +1,13 @@
 """How well scores tell backdoored models from clean ones, and whether a suspicion at 5 % is one in twenty."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.stats import betabinom
 from torch import Tensor
 
 from molehunt.conformal import conformal
+from molehunt.null_check import Alarms, count_alarms
 from molehunt.testing import auc
 
 DRAWS = 1000
@@ -67,32 +66,6 @@ def judge(clean: Sequence[float], planted: Sequence[float], rng: torch.Generator
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Alarms:
-    """Clean models that are called suspicious at a level, by their p-values among clean references.
-
-    Attributes:
-        count: how many.
-        models: of how many.
-        low, high: at least 95 % of all defenses lie between them, whatever their scores, if the models are no other
-            than the references.
-        references: clean models that the others are compared with.
-        level: p-value up to which a model counts as suspicious.
-    """
-
-    count: int
-    models: int
-    low: int
-    high: int
-    references: int
-    level: float
-
-    @property
-    def expected(self) -> bool:
-        """Whether the count lies in the interval."""
-        return self.low <= self.count <= self.high
-
-
 def alarms(references: Sequence[float], clean: Sequence[float], level: float = 0.05) -> Alarms | None:
     """Count false alarms at a level, beside what chance gives.
 
@@ -115,11 +88,6 @@ def alarms(references: Sequence[float], clean: Sequence[float], level: float = 0
         raise ValueError(f"a level lies in (0, 1), got {level}")
     if not clean:
         raise ValueError("there are no clean models to count false alarms on")
-    n, m = len(references), len(clean)
-    k = math.floor(level * (n + 1) + 1e-9)  # 0.05 times 20 must not come out as 0
-    if k < 1:
+    if 1 / (len(references) + 1) > level + 1e-9:
         return None
-    chance = betabinom(m, k, n + 1 - k)
-    low, high = (int(chance.ppf(q)) for q in (0.025, 0.975))
-    count = sum(conformal(score, references) <= level + 1e-9 for score in clean)
-    return Alarms(count=count, models=m, low=low, high=high, references=n, level=level)
+    return count_alarms([conformal(score, references) for score in clean], len(references), level)

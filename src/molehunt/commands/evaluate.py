@@ -18,9 +18,10 @@ from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
 if TYPE_CHECKING:
-    from molehunt.bank.judgement import Alarms, Judgement
+    from molehunt.bank.judgement import Judgement
     from molehunt.bank.scores import Scored
     from molehunt.defenses import Defense
+    from molehunt.null_check import Alarms
 
 LEVEL = 0.05
 """p-value up to which a clean model is counted as a false alarm."""
