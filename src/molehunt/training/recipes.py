@@ -159,7 +159,7 @@ RECIPES: dict[str, Recipe] = {
     "mntd_mnist": _DIGITS,
     "mntd_cifar": replace(_DIGITS, epochs=20, lr=2e-3, weight_decay=5e-4, augment="flip_crop", shift=2),
     "fast_cifar": replace(_MUON, epochs=5),
-    "fast_cifar_long": replace(_MUON, epochs=16, muon_lr=0.08),
+    "fast_cifar_long": replace(_MUON, epochs=16, muon_lr=0.08, shift=4),
     "narrow_cifar": replace(_MUON, epochs=3),
     "resnet18": _RESNET,
     "preact_resnet18": _RESNET,
