@@ -244,7 +244,8 @@ class Host:
             rows.append(outcomes)
             self.watch.done(f"reference {i + 1}", _scores(outcomes))
         network = self.settings.network
-        population = calibration.population(rows, task=self.task.name, network=network, recipe=network)
+        recipe = calibration.recorded(network, self.task)
+        population = calibration.population(rows, task=self.task.name, network=network, recipe=recipe)
         calibration.save(population, path)
         return population
 
@@ -272,6 +273,7 @@ class Host:
                     classes=self.task.num_classes,
                     suspect=suspect,
                     held_out=held_out,
+                    recipe=submission.manifest.recipe,
                 )
                 findings.save(verdict, path)
             return read_verdict(path).p

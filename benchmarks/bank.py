@@ -1,0 +1,187 @@
+"""The model bank at its real size: rows of its models and of what the defenses scored, which outlive caches.
+
+    python benchmarks/bank.py run --task mnist5k --partition calibrate --jobs 2     trains, then scores
+    python benchmarks/bank.py ship --task mnist5k                                   the calibration of the package
+    python benchmarks/bank.py collect                                               results/bank.json
+
+`run` does what `molehunt bank build` and `molehunt calibrate` do, and appends every finished model and every scored one
+to results/bank-TASK-NETWORK.jsonl at once. It begins by laying those rows where the bank looks for them, so that on a
+new machine only the missing ones are made. Weights are cached and never required: a model to be scored whose weights
+are gone is trained again from its seed, on the same kind of machine to the same bytes.
+
+`ship` writes src/molehunt/populations/TASK-NETWORK.json from the rows of the calibrate partition, which has to be
+complete.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import molehunt
+from molehunt import bank, calibration
+from molehunt.bank import scores
+from molehunt.bank.rows import backdoored, folder_of
+from molehunt.commands.evaluation import Elsewhere
+from molehunt.datasets import cache
+from molehunt.defenses import available
+from molehunt.engine import Processes
+from molehunt.tasks import get_task
+from record import RESULTS, Figure, append, rows, spread, write
+
+SECONDS = 600.0
+"""Time limit for one defense on one model, as `molehunt calibrate` has it."""
+
+
+def name_of(task: str, network: str) -> str:
+    """Name of the file of rows."""
+    return f"bank-{task}-{network}"
+
+
+def restore(task: str, network: str, root: Path) -> Path:
+    """Lay the kept rows where the bank looks for them, the latest of each; return the folder of the bank."""
+    folder = folder_of(root, task, network)
+    (folder / "scores").mkdir(parents=True, exist_ok=True)
+    for kept in rows(name_of(task, network)):
+        place = folder / ("scores" if "asked" in kept["row"] else ".")
+        (place / f"{kept['row']['name']}.json").write_text(json.dumps(kept["row"]))
+    return folder
+
+
+def run(task: str, network: str, partition: str, most: int | None, jobs: int, root: Path) -> None:
+    """Train the missing models of a partition and score them, and keep the rows."""
+    folder, name = restore(task, network, root), name_of(task, network)
+    listed = bank.entries(task, network, partition, most=most)
+    torch.set_num_threads(1)
+
+    def keep(row: bank.Row | scores.Scored) -> None:
+        append(name, {"busy": round(os.getloadavg()[0], 2), "at": round(time.time()), "row": asdict(row)})
+
+    def grown(row: bank.Row, done: int, total: int) -> None:
+        keep(row)
+        rate = "" if row.asr is None else f", ASR {row.asr:.1%}"
+        print(f"{done}/{total} {row.name} {row.kind}: {row.accuracy:.1%}{rate}, {row.seconds:.0f} s", flush=True)
+
+    def scored(found: scores.Scored) -> None:
+        keep(found)
+        print(found.name, {k: round(v, 3) for k, v in found.scores.items() if v is not None}, found.failed, flush=True)
+
+    bank.build(listed, folder, processes=jobs, report=grown)
+    defenses = {name: kind() for name, kind in available().items()}
+    scores.score(
+        listed,
+        folder,
+        defenses,
+        Elsewhere(isolated=True, seconds=SECONDS),
+        engine=Processes(jobs, 1) if jobs > 1 else None,
+        report=scored,
+    )
+
+
+def kept_scores(listed: Sequence[bank.Entry], folder: Path) -> list[scores.Scored]:
+    """What is kept about the models, all of which must have been scored.
+
+    Raises:
+        ValueError: a model has not been scored.
+    """
+    found = []
+    for entry in listed:
+        one = scores.read_scored(folder / "scores" / f"{entry.name}.json")
+        if one is None:
+            raise ValueError(f"{entry.name} has not been scored yet: python benchmarks/bank.py run --task {entry.task}")
+        found.append(one)
+    return found
+
+
+def ship(task: str, network: str, root: Path) -> None:
+    """Write the calibration that comes with the package."""
+    folder = restore(task, network, root)
+    listed = bank.entries(task, network, "calibrate")
+    made = scores.population(listed, folder, kept_scores(listed, folder))
+    path = Path(molehunt.__file__).parent / "populations" / f"{task}-{network}.json"
+    calibration.save(made, path)
+    print(f"{path.name}: {len(made.clean)} clean models, {len(made.planted)} whose backdoor passes the gates")
+
+
+def collect(root: Path) -> None:
+    """Write results/bank.json: how many planted models pass, and what a model costs."""
+    figures: dict[str, Figure] = {}
+    for path in sorted(RESULTS.glob("bank-*.jsonl")):
+        task, network = path.stem.removeprefix("bank-").split("-", 1)
+        folder = restore(task, network, root)
+        by_part: dict[str, list[bank.Row]] = defaultdict(list)
+        for row in bank.read_rows(bank.entries(task, network), folder):
+            by_part[row.partition].append(row)
+        for part, there in by_part.items():
+            figures |= figures_of(f"{task}, {network}, {part}", there, folder, task)
+    print(write("bank", figures).read_text())
+
+
+def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str) -> dict[str, Figure]:
+    """The figures of one partition."""
+    works = backdoored(there)
+    command = f"python benchmarks/bank.py run --task {task} --partition {there[0].partition}"
+    made: dict[str, Figure] = {}
+
+    def add(what: str, values: Sequence[float], unit: str, value: float | None = None, note: str = "") -> None:
+        made[f"{title}, {what}"] = Figure(
+            value=statistics.median(values) if value is None else value,
+            unit=unit,
+            goal=None,
+            better="lower" if unit == "s" else "higher",
+            spread=spread(values),
+            command=command,
+            note=note,
+        )
+
+    for kind in dict.fromkeys(r.kind for r in there if not r.planted):
+        add(f"{kind}, accuracy", [r.accuracy for r in there if r.kind == kind and not r.planted], "share")
+    for kind in dict.fromkeys(r.kind for r in there if r.planted):
+        mine = [r for r in there if r.kind == kind and r.planted]
+        passed = [float(r.name in works) for r in mine]
+        add(f"{kind}, passes the gates", passed, "share", sum(passed) / len(passed), f"{len(mine)} models")
+        add(f"{kind}, ASR", [r.asr for r in mine if r.asr is not None], "share")
+    add("training of one model", [r.seconds for r in there], "s", note="two models at a time, one thread each")
+    done = [s for r in there if (s := scores.read_scored(folder / "scores" / f"{r.name}.json")) is not None]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for one in done:
+        for name, cost in one.costs.items():
+            seconds[name].append(float(cost["seconds"]))
+    for name, spent in seconds.items():
+        add(f"{name}, one model", spent, "s", note="two models at a time, one thread each")
+    return made
+
+
+def main() -> None:
+    """Train and score, ship or collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "ship", "collect"])
+    parser.add_argument("--task", default="mnist5k")
+    parser.add_argument("--network", help="default: the task's own")
+    parser.add_argument("--partition", default="calibrate", choices=["develop", "calibrate", "evaluate"])
+    parser.add_argument("--most", type=int, help="at most so many clean models and so many planted ones")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
+    parser.add_argument("--folder", type=Path, help="folder of all banks; default: in the cache")
+    arguments: Any = parser.parse_args()
+    root = arguments.folder or cache.root() / "benchmarks" / "bank"
+    network = arguments.network or get_task(arguments.task).network
+    if arguments.what == "run":
+        run(arguments.task, network, arguments.partition, arguments.most, arguments.jobs, root)
+    elif arguments.what == "ship":
+        ship(arguments.task, network, root)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            collect(Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
