@@ -268,6 +268,59 @@ def collect() -> None:
                 note=f"load before each run {[r['busy'] for r in found]}" if what == "time" else "",
             )
     print(write(NAME, figures_).read_text())
+    for name in ATTACKS:
+        write_table(name, [r for r in kept if r["attack"] == name])
+
+
+HEADING = "### Through the gates"
+COLUMNS = "| task | network | models | accuracy, % | lost, points | ASR, % | without trigger, % | gates missed |"
+
+
+def write_table(name: str, found: list[dict[str, Any]]) -> None:
+    """Put the rows of one attack into its page, below the other figures; a test compares the two."""
+    page = PICTURES / f"{name}.md"
+    before, heading, rest = page.read_text().partition(f"\n{HEADING}\n")
+    before, _, after = (before if heading else page.read_text()).partition("\n## Known departures")
+    if heading:
+        after = rest.partition("\n## Known departures")[2]
+    if found:
+        lines = [COLUMNS, f"|{'---|' * COLUMNS.count(' | ')}---|", *table_of(found)]
+        note = (
+            "Default settings and recipe, test split, medians; smallest and largest in parentheses. *lost*: against "
+            "clean\nmodels of the same numbers. `python benchmarks/attacks.py run` makes a row of "
+            "`benchmarks/results/attacks.jsonl`, `collect` this table."
+        )
+        before += f"\n{HEADING}\n\n" + "\n".join(lines) + f"\n\n{note}\n"
+    page.write_text(f"{before}\n## Known departures{after}")
+
+
+def table_of(found: list[dict[str, Any]]) -> list[str]:
+    """The lines of the table, one for each task."""
+    lines = []
+    for task, network in dict.fromkeys((r["task"], r["network"]) for r in found):
+        mine = [r for r in found if (r["task"], r["network"]) == (task, network)]
+        missed = dict.fromkeys(g["name"] for r in mine for g in r["gates"] if not g["passed"])
+        told = []
+        for gate in missed:
+            count = sum(not g["passed"] for r in mine for g in r["gates"] if g["name"] == gate)
+            told.append(gate if count == len(mine) else f"{gate} ({count} of {len(mine)})")
+        cells = [
+            between([100 * value(r) for r in mine])
+            for value in (
+                lambda r: r["accuracy"],
+                lambda r: r["twin"] - r["accuracy"],
+                lambda r: r["asr"],
+                lambda r: r["base_rate"],
+            )
+        ]
+        lines.append(f"| {task} | `{network}` | {len(mine)} | {' | '.join(cells)} | {', '.join(told) or 'none'} |")
+    return lines
+
+
+def between(values: list[float]) -> str:
+    """The median, and the range where there is one."""
+    low, middle, high = (f"{spread(values)[k]:.2f}" for k in ("min", "median", "max"))
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
 
 
 def main() -> None:

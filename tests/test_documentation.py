@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from molehunt.attacks import ATTACKS
 from molehunt.confinement import Limits
 from molehunt.isolation import DISK
 from molehunt.networks import NETWORKS, build, capture, features
@@ -219,6 +220,40 @@ def test_the_figures_of_neural_cleanse_on_cifar_are_those_that_were_measured() -
         values = [m[field] for m in found]
         assert rows[title][2] == f"{statistics.median(values):.{digits}f} (median)"
         assert rows[title][5] == f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> None:
+    lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
+    wanted: dict[str, list[dict[str, Any]]] = {}
+    for row in map(json.loads, lines):
+        if row["attack"] == attack:
+            wanted.setdefault(row["task"], []).append(row)
+    text = (ROOT / f"docs/reference/attacks/{attack}.md").read_text()
+    assert ("\n### Through the gates\n" in text) == bool(wanted), "run: python benchmarks/attacks.py collect"
+    if not wanted:
+        return
+    shown = {row[0]: row for row in re.findall(r"^\| (\w+) \| `\w+` \| (.*) \|$", text.split("### Through")[1], re.M)}
+    assert shown.keys() == wanted.keys()
+    for task, rows in wanted.items():
+        models, *cells, missed = shown[task][1].split(" | ")
+        assert int(models) == len(rows)
+        for cell, values in zip(
+            cells,
+            (
+                [r["accuracy"] for r in rows],
+                [r["twin"] - r["accuracy"] for r in rows],
+                [r["asr"] for r in rows],
+                [r["base_rate"] for r in rows],
+            ),
+            strict=True,
+        ):
+            numbers = [float(number) for number in re.findall(r"-?[\d.]+", cell)]
+            assert numbers[0] == pytest.approx(100 * statistics.median(values), abs=0.0051)
+            assert (numbers[1:] or [numbers[0]] * 2) == pytest.approx(
+                [100 * min(values), 100 * max(values)], abs=0.0051
+            )
+        assert (missed == "none") == all(r["passed"] for r in rows)
 
 
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"
