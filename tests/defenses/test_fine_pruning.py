@@ -18,7 +18,7 @@ from molehunt.defenses._channels import (
     level_masks,
     masked,
 )
-from molehunt.defenses.fine_pruning import prune_curve, stop
+from molehunt.defenses.fine_pruning import Repair, prune_curve, stop
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.networks import NETWORKS, Network, Normalize, anatomy, build
@@ -394,6 +394,62 @@ def test_the_budget_is_counted_in_steps() -> None:
         assert outcome.cost.backward == 7 * 32
 
 
+def tuned(defense: FinePruning, answers: list[float | None], monkeypatch: pytest.MonkeyPatch) -> Finding:
+    """What is found when the fine-tunings of a planted model have these accuracies; None for one that diverges."""
+    state, left = planted().suspect.model.state_dict(), list(answers)
+
+    def attempt(self: FinePruning, *arguments: Any) -> Repair:
+        answer = left.pop(0)
+        if answer is None:
+            raise FloatingPointError("diverged")
+        return Repair(state=state, accuracy=answer, lr=arguments[-1])
+
+    monkeypatch.setattr(FinePruning, "_attempt", attempt)
+    return run(defense, planted().suspect)
+
+
+@pytest.mark.parametrize(
+    ("answers", "tried", "taken"),
+    [
+        ([0.96, 1.0, 1.0], 1, 0),
+        ([0.95, 0.97, 1.0], 2, 1),
+        ([0.9, 0.95, 0.93], 3, 1),
+        ([0.95, 0.9, 0.8], 3, 0),
+        ([None, 0.97, 1.0], 2, 1),
+        ([0.9, None, 0.8], 3, 0),
+    ],
+)
+def test_a_rate_that_costs_too_much_is_followed_by_a_third_of_it(
+    answers: list[float | None], tried: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    details = tuned(FinePruning(lr=0.9), answers, monkeypatch).details
+    assert details["accuracy"]["before"] == 1.0, "else the answers above are not what they seem"
+    rates = [0.9, 0.3, 0.1]
+    assert [one["lr"] for one in details["rates"]] == pytest.approx(rates[:tried])
+    assert [one["accuracy"] for one in details["rates"]] == answers[:tried]
+    assert details["lr"] == pytest.approx(rates[taken])
+    assert details["accuracy"]["repaired"] == answers[taken]
+    costly = [text for text in details["warnings"] if "costs more than 4 points" in text]
+    assert len(costly) == (answers[taken] is not None and answers[taken] < 0.96)  # type: ignore[operator]
+
+
+def test_fine_tuning_that_diverges_at_every_rate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FloatingPointError):
+        tuned(FinePruning(attempts=2), [None, None], monkeypatch)
+
+
+def test_every_attempt_begins_with_the_weights_of_the_suspect() -> None:
+    case = planted()
+    costly = FinePruning(lr=0.0, tolerance=0.0, attempts=2)  # cannot cost anything: one attempt, and nothing moves
+    found = run(costly, case.suspect)
+    assert len(found.details["rates"]) == 1
+    ruinous = FinePruning(lr=2.0, warmup=0.0, tolerance=0.02, steps=30)
+    rates = run(ruinous, case.suspect).details["rates"]
+    assert len(rates) > 1, "the first rate was meant to ruin the model"
+    # Had the second begun where the first ended, it would not have come back in 30 steps of a third.
+    assert rates[-1]["accuracy"] >= 0.98
+
+
 def test_the_suspect_keeps_its_weights_and_gets_no_hooks() -> None:
     case = planted()
     before = copy.deepcopy(case.suspect.model.state_dict())
@@ -413,6 +469,7 @@ def test_the_suspect_keeps_its_weights_and_gets_no_hooks() -> None:
         ({"steps": 10**6}, "epochs is out of range"),
         ({"batch": 0}, "batch 1 or more"),
         ({"lr": -1.0}, "lr"),
+        ({"attempts": 0}, "attempts must be 1 or more, got 0"),
         ({"momentum": 1.0}, "momentum"),
     ],
 )

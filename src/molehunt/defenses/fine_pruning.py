@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +25,9 @@ from molehunt.suspect import Access, Suspect, freeze
 from molehunt.tasks import Augment, Images
 from molehunt.training import Recipe, accuracy, train
 
+HAIR = 1e-9
+"""Slack of a comparison of shares: 0.9 - 0.04 must allow an accuracy of 0.86."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinePruning:
@@ -34,16 +37,20 @@ class FinePruning:
     pruned channels are cut out of the layer that reads them, so no mask is needed to run it.
 
     `details` hold `order` (C,), the channels from dormant to active; `curve` (C + 1,), the accuracy on held-out
-    images when the first j of them are pruned, shares in [0, 1]; `pruned`, how many were; and the held-out accuracy
-    before, after pruning and after fine-tuning. With `baselines` also the state dicts of pruning alone (`prune_only`)
-    and of fine-tuning alone (`fine_tune_only`), and the accuracy of the latter.
+    images when the first j of them are pruned, shares in [0, 1]; `pruned`, how many were; the held-out accuracy
+    before, after pruning and after fine-tuning; and `rates`, the learning rates that were tried, each with the held-out
+    accuracy that it led to, None where it diverged, and `lr`, the one taken. With `baselines` also the state dicts
+    of pruning alone (`prune_only`) and of fine-tuning alone (`fine_tune_only`), and the accuracy of the latter.
 
     Attributes:
-        tolerance: accuracy on held-out images that pruning may cost, in [0, 1]; 0.04 is 4 points.
+        tolerance: accuracy on held-out images that pruning may cost, in [0, 1], and that the whole repair should not
+            exceed; 0.04 is 4 points.
         held_out: share of the clean images that measure accuracy, in (0, 1); the others rank and fine-tune.
         steps: fine-tuning steps.
         batch: images per step.
         lr: highest learning rate; it falls to 0 along a cosine.
+        attempts: fine-tunings, 1 or more, each from the start at a third of the rate before, until the held-out
+            accuracy keeps to the tolerance; where none does, the most accurate one is taken.
         warmup: share of the steps over which the learning rate rises to `lr`, in [0, 1].
         momentum: of stochastic gradient descent.
         weight_decay: of the weights, per step times the learning rate.
@@ -59,8 +66,9 @@ class FinePruning:
     Departures from the paper:
         The budget of fine-tuning is a number of steps, not of epochs, so that the time does not depend on how many
         clean images there are. All prune levels are measured, and the last one before the first crossing is taken.
-        Fine-tuning augments as the task allows. Where the network offers no place to cut channels (a layer norm reads
-        the block) nothing is pruned, and a warning says so.
+        Fine-tuning augments as the task allows. The rate is lowered where it costs too much accuracy: what one network
+        needs to forget a trigger ruins another, and held-out accuracy is all that a defender can see. Where the network
+        offers no place to cut channels (a layer norm reads the block) nothing is pruned, and a warning says so.
     """
 
     needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CLEAN}),)
@@ -69,6 +77,7 @@ class FinePruning:
     steps: int = 200
     batch: int = 64
     lr: float = 0.05
+    attempts: int = 3
     warmup: float = 0.2
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -81,7 +90,9 @@ class FinePruning:
             raise ValueError(f"held_out must lie in (0, 1), got {self.held_out}")
         if self.steps < 0 or self.batch < 1:
             raise ValueError(f"steps must be 0 or more and batch 1 or more, got {self.steps} and {self.batch}")
-        self.recipe(1, "none")  # refuses the rest, here and not only after the ranking
+        if self.attempts < 1:
+            raise ValueError(f"attempts must be 1 or more, got {self.attempts}")
+        self.recipe(1, "none", self.lr)  # refuses the rest, here and not only after the ranking
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Repair a copy of the suspect; see the class."""
@@ -100,22 +111,29 @@ class FinePruning:
             warnings.append(f"channels of {parts.block!r} cannot be cut out of this network: nothing was pruned")
             pruned = 0
         mask = level_masks(order)[pruned]
-        repaired, tuned = self.repair(suspect, mask, reader, tune, held, run)
+        least = float(curve[0]) - self.tolerance
+        made = self.repair(suspect, mask, reader, tune, held, run, least=least)
+        if made.accuracy < least - HAIR:
+            warnings.append(
+                f"the repair costs more than {100 * self.tolerance:g} points of held-out accuracy at every rate tried"
+            )
         details: dict[str, Any] = {
             "block": parts.block,
             "order": order.cpu(),
             "curve": curve,
             "pruned": pruned,
             "images": {"tune": len(tune.y), "held_out": len(held.y)},
-            "accuracy": {"before": float(curve[0]), "pruned": float(curve[pruned]), "repaired": tuned},
+            "accuracy": {"before": float(curve[0]), "pruned": float(curve[pruned]), "repaired": made.accuracy},
+            "rates": made.rates,
+            "lr": made.lr,
             "warnings": warnings,
         }
         if self.baselines:
-            alone, _ = dataclasses.replace(self, steps=0).repair(suspect, mask, reader, tune, held, run)
-            plain, unpruned = self.repair(suspect, torch.ones_like(mask), reader, tune, held, run)
-            details |= {"prune_only": alone, "fine_tune_only": plain}
-            details["accuracy"]["fine_tune_only"] = unpruned
-        return Finding(defense="fine_pruning", repaired=repaired, details=details)
+            alone = dataclasses.replace(self, steps=0).repair(suspect, mask, reader, tune, held, run)
+            plain = self.repair(suspect, torch.ones_like(mask), reader, tune, held, run, least=least)
+            details |= {"prune_only": alone.state, "fine_tune_only": plain.state}
+            details["accuracy"]["fine_tune_only"] = plain.accuracy
+        return Finding(defense="fine_pruning", repaired=made.state, details=details)
 
     def split(self, clean: Images, rng: torch.Generator) -> tuple[Images, Images]:
         """Images to rank and fine-tune on, and images held out to measure accuracy; disjoint by index."""
@@ -124,8 +142,8 @@ class FinePruning:
         held, tune = order[:size], order[size:]
         return Images(clean.x[tune], clean.y[tune]), Images(clean.x[held], clean.y[held])
 
-    def recipe(self, images: int, augment: Augment) -> Recipe:
-        """How so many images are fine-tuned on.
+    def recipe(self, images: int, augment: Augment, lr: float) -> Recipe:
+        """How so many images are fine-tuned on at a learning rate.
 
         Raises:
             ValueError: a setting out of range.
@@ -134,7 +152,7 @@ class FinePruning:
             epochs=max(1, self.steps) * min(self.batch, images) / images,
             batch=self.batch,
             optimizer="sgd",
-            lr=self.lr,
+            lr=lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             schedule="cosine",
@@ -144,28 +162,95 @@ class FinePruning:
         )
 
     def repair(
-        self, suspect: Suspect, mask: Tensor, reader: Reader | None, tune: Images, held: Images, run: Run
-    ) -> tuple[dict[str, Tensor], float]:
+        self,
+        suspect: Suspect,
+        mask: Tensor,
+        reader: Reader | None,
+        tune: Images,
+        held: Images,
+        run: Run,
+        *,
+        least: float = 0.0,
+    ) -> "Repair":
         """Fine-tune a copy of the suspect with a mask fixed in place, then cut the masked channels.
 
-        Returns:
-            The state dict of the copy, on the CPU, and its accuracy on the images held out.
+        Args:
+            suspect: the model, left as it is.
+            mask: (C,), 0 for a channel that is pruned.
+            reader: what `find_reader` found.
+            tune: images to fine-tune on.
+            held: images that measure accuracy.
+            run: for its clock and its generator.
+            least: accuracy at which no lower rate is tried, in [0, 1].
+
+        Raises:
+            FloatingPointError: fine-tuning diverged at every rate.
         """
+        if not self.steps:
+            return self._attempt(suspect, mask, reader, tune, held, run, None)
+        rates: list[dict[str, float | None]] = []
+        best: Repair | None = None
+        for attempt in range(self.attempts):
+            lr = self.lr / 3**attempt
+            try:
+                made = self._attempt(suspect, mask, reader, tune, held, run, lr)
+            except FloatingPointError:
+                rates.append({"lr": lr, "accuracy": None})
+                if best is None and attempt == self.attempts - 1:
+                    raise
+                continue
+            rates.append({"lr": lr, "accuracy": made.accuracy})
+            if best is None or made.accuracy > best.accuracy:
+                best = made
+            if made.accuracy >= least - HAIR:
+                best = made
+                break
+        assert best is not None, "else the last attempt would have raised"
+        return dataclasses.replace(best, rates=rates)
+
+    def _attempt(
+        self,
+        suspect: Suspect,
+        mask: Tensor,
+        reader: Reader | None,
+        tune: Images,
+        held: Images,
+        run: Run,
+        lr: float | None,
+    ) -> "Repair":
+        """Repair at one rate; without one nothing is fine-tuned."""
         model = copy.deepcopy(suspect.model)
         parts = anatomy(model, held.x[:1])
-        if self.steps:
+        if lr is not None:
             for module in model.modules():
                 # A whitening layer is computed from data, not learned, and no recipe trains it.
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(not isinstance(module, Whitening))
-            recipe = self.recipe(len(tune.y), suspect.task.augment)
+            recipe = self.recipe(len(tune.y), suspect.task.augment, lr)
             with masked(model, parts.block, mask):
                 train(model, tune, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
         freeze(model)
         if reader is not None:
             fold(model, parts, reader, mask)
         state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-        return state, accuracy(model, held)
+        return Repair(state=state, accuracy=accuracy(model, held), lr=lr)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Repair:
+    """A repaired model.
+
+    Attributes:
+        state: its state dict, on the CPU.
+        accuracy: on the images held out, in [0, 1].
+        lr: the learning rate that it was fine-tuned with; None where it was not.
+        rates: all that were tried, `lr`, each with the `accuracy` that it led to, None where it diverged.
+    """
+
+    state: dict[str, Tensor]
+    accuracy: float
+    lr: float | None
+    rates: list[dict[str, float | None]] = field(default_factory=list)
 
 
 def prune_curve(
@@ -199,6 +284,5 @@ def stop(curve: Tensor, tolerance: float) -> int:
         curve: (C + 1,), accuracy by number of pruned channels.
         tolerance: loss against no pruning that is allowed, as a share.
     """
-    # A hair of slack: 0.9 - 0.04 must allow an accuracy of 0.86.
-    crossed = (curve < curve[0] - tolerance - 1e-9).nonzero()
+    crossed = (curve < curve[0] - tolerance - HAIR).nonzero()
     return int(crossed[0]) - 1 if len(crossed) else len(curve) - 1
