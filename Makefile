@@ -38,6 +38,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@# Apart, as benchmarks and tests have files of the same names.
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
 
 format: $(READY)
 	$(BIN)/ruff format .

@@ -304,15 +304,13 @@ def table_of(found: list[dict[str, Any]]) -> list[str]:
         for gate in missed:
             count = sum(not g["passed"] for r in mine for g in r["gates"] if g["name"] == gate)
             told.append(gate if count == len(mine) else f"{gate} ({count} of {len(mine)})")
-        cells = [
-            between([100 * value(r) for r in mine])
-            for value in (
-                lambda r: r["accuracy"],
-                lambda r: r["twin"] - r["accuracy"],
-                lambda r: r["asr"],
-                lambda r: r["base_rate"],
-            )
-        ]
+        columns = (
+            [r["accuracy"] for r in mine],
+            [r["twin"] - r["accuracy"] for r in mine],
+            [r["asr"] for r in mine],
+            [r["base_rate"] for r in mine],
+        )
+        cells = [between([100 * value for value in values]) for values in columns]
         lines.append(f"| {task} | `{network}` | {len(mine)} | {' | '.join(cells)} | {', '.join(told) or 'none'} |")
     return lines
 

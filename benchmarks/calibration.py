@@ -119,7 +119,7 @@ def formats(seeds: int) -> None:
     task = get_task("mnist5k")
     images = task.load("train")
     recipe = dataclasses.replace(recipe_for("badnets_cnn", task), epochs=10)
-    defenses = {"neural_cleanse": NeuralCleanse(), "strip": STRIP()}
+    defenses: dict[str, Defense] = {"neural_cleanse": NeuralCleanse(), "strip": STRIP()}
     wanted = [{"seed": seed, "backdoored": hidden} for seed in range(seeds) for hidden in (False, True)]
     for key in todo(NAME, wanted):
         rng = torch.Generator().manual_seed(41_000 + key["seed"])

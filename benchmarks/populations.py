@@ -75,7 +75,7 @@ def main() -> None:
         for row in rows(name)
         if all(row["defenses"].get(d, {}).get("configuration") == configuration(defenses[d]) for d in defenses)
     }
-    wanted = [(f"clean {i}", None) for i in range(arguments.clean)]
+    wanted: list[tuple[str, Attack | None]] = [(f"clean {i}", None) for i in range(arguments.clean)]
     wanted += [(f"planted {i}", attack(task, i)) for i in range(arguments.planted)]
     boxes: queue.SimpleQueue[Sandbox] = queue.SimpleQueue()
     for _ in range(arguments.workers):

@@ -10,6 +10,7 @@ of the same settings, is not made again.
 import argparse
 import hashlib
 import json
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def main() -> None:
         answers = measure(model.eval(), images, made.trigger)
         assert answers.stamped is not None
         gates = check(model, sealed(team.attack, made), clean, images, shape=task.shape)
-        row = {
+        row: dict[str, Any] = {
             **key,
             "accuracy": accuracy(answers.plain, answers.y),
             "asr": asr(answers.stamped, answers.y, made.target),

@@ -1,70 +1,120 @@
-"""Benchmarks draw from seeds what they drew when their rows were measured."""
+"""What the benchmarks do with their rows; what they measure takes too long for here."""
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from molehunt.attacks import Attack, BadNets, Blended
-from molehunt.runner import generator
-from molehunt.tasks import TASKS, Task
-from molehunt.triggers import Patch
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """Import a benchmark by its name, as if it were run from its folder."""
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Load]:
+    """Import a benchmark, its results in an empty folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(importlib.import_module("record"), "RESULTS", tmp_path)
     yield importlib.import_module
-    # Their names are everyday words; nobody else shall find them.
     for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == FOLDER:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "benchmarks")):
             del sys.modules[name]
 
 
-def square_mask(task: Task, size: int, rng: torch.Generator) -> Tensor:
-    _, height, width = task.shape
-    top = int(torch.randint(height - size + 1, (1,), generator=rng))
-    left = int(torch.randint(width - size + 1, (1,), generator=rng))
-    mask = torch.zeros(1, height, width)
-    mask[:, top : top + size, left : left + size] = 1.0
-    return mask
+def test_a_row_cut_off_by_a_kill_costs_nothing_but_itself(load: Load, tmp_path: Path) -> None:
+    record = load("record")
+    record.append("some", {"seed": 0, "value": 1})
+    with (tmp_path / "some.jsonl").open("a") as file:
+        file.write('{"seed": 1, "val')
+    assert record.rows("some") == [{"seed": 0, "value": 1}]
+    record.append("some", {"seed": 1, "value": 2})
+    assert record.rows("some") == [{"seed": 0, "value": 1}, {"seed": 1, "value": 2}]
+    assert list(record.todo("some", [{"seed": 1}, {"seed": 2}])) == [{"seed": 2}]
 
 
-@pytest.mark.parametrize("task", [TASKS["mnist"], TASKS["cifar10"]], ids=lambda task: task.name)
-@pytest.mark.parametrize("number", range(9))
-def test_the_planted_models_of_a_population(task: Task, number: int, script: Callable[[str], Any]) -> None:
-    rng = generator(40_000 + number, "population attack")
-    target = int(torch.randint(task.num_classes, (1,), generator=rng))
-    mask = square_mask(task, int(torch.randint(2, 6, (1,), generator=rng)), rng)
-    pattern = torch.rand(task.shape, generator=rng).round() * mask
-    drawn: Attack = script("populations").attack(task, number)
-    if number % 3 == 1:
-        assert isinstance(drawn, Blended)
-        assert drawn.target == target
-        return
-    assert isinstance(drawn, BadNets)
-    assert drawn.target == (target if number % 3 == 0 else "all")
-    assert isinstance(drawn.trigger, Patch)
-    assert torch.equal(drawn.trigger.mask, mask)
-    assert torch.equal(drawn.trigger.pattern, pattern)
+def test_a_figure_without_a_value_never_meets_its_goal_and_a_new_one_leaves_the_others(load: Load) -> None:
+    record = load("record")
+    lower = record.Figure(value=3.0, unit="s", goal=3.0, better="lower")
+    assert lower.met is True
+    assert record.Figure(value=3.1, unit="s", goal=3.0, better="lower").met is False
+    assert record.Figure(value=None, unit="s", goal=3.0, better="lower").met is None
+    assert record.Figure(value=2.9, unit="", goal=3.0, better="higher").met is False
+    record.write("some", {"first": lower})
+    path = record.write("some", {"second": record.Figure(value=None, unit="s", goal=1.0, better="lower")})
+    figures = json.loads(path.read_text())["figures"]
+    assert figures["first"]["value"] == 3.0
+    assert figures["second"] == {"value": None, "unit": "s", "goal": 1.0, "better": "lower"}
 
 
-@pytest.mark.parametrize("seed", range(20_000, 20_010))
-def test_the_models_on_which_neural_cleanse_is_measured(seed: int, script: Callable[[str], Any]) -> None:
-    task, rng = TASKS["cifar10"], generator(seed, "neural cleanse benchmark")
-    mask = square_mask(task, 3, rng)
-    color = torch.rand(3, 1, 1, generator=rng)
-    target = int(torch.randint(10, (1,), generator=rng))
-    drawn = script("neural_cleanse").draw(task, seed)
-    assert (drawn.target, drawn.poison_rate) == (target, 0.05)
-    assert torch.equal(drawn.trigger.mask, mask)
-    assert torch.equal(drawn.trigger.pattern, color * mask)
+def attack_row(seed: int, **changes: Any) -> dict[str, Any]:
+    gates = [{"name": "attack success", "measured": 0.99, "limit": 0.9, "passed": True, "message": ""}]
+    row = {"attack": "sig", "task": "mnist", "network": "badnets_cnn", "seed": seed, "gates": gates, "passed": True}
+    return {**row, "accuracy": 0.99, "twin": 0.9931, "asr": 0.95, "base_rate": 0.001, **changes}
+
+
+def test_the_table_of_an_attack_has_medians_ranges_and_the_gates_that_were_missed(load: Load) -> None:
+    attacks = load("attacks")
+    missed = [{"name": "attack success", "measured": 0.5, "limit": 0.9, "passed": False, "message": ""}]
+    rows = [attack_row(0), attack_row(1, asr=0.97), attack_row(2, asr=0.5, gates=missed, passed=False)]
+    other = attack_row(0, task="cifar10", network="fast_cifar", gates=missed, passed=False)
+    assert attacks.table_of([*rows, other]) == [
+        "| mnist | `badnets_cnn` | 3 | 99.00 (99.00 to 99.00) | 0.31 (0.31 to 0.31) | 95.00 (50.00 to 97.00) "
+        "| 0.10 (0.10 to 0.10) | attack success (1 of 3) |",
+        "| cifar10 | `fast_cifar` | 1 | 99.00 | 0.31 | 95.00 | 0.10 | attack success |",
+    ]
+
+
+def test_the_table_of_an_attack_is_put_into_its_page_once_and_taken_out_again(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks = load("attacks")
+    monkeypatch.setattr(attacks, "PICTURES", tmp_path)
+    page, text = tmp_path / "sig.md", "# SIG\n\n## Figures\n\n| a |\n\n## Known departures\n\n- One.\n"
+    page.write_text(text)
+    attacks.write_table("sig", [attack_row(0)])
+    once = page.read_text()
+    assert (
+        once.index("| a |") < once.index("| mnist | `badnets_cnn` | 1 |") < once.index("## Known departures\n\n- One.")
+    )
+    attacks.write_table("sig", [attack_row(0)])
+    assert page.read_text() == once
+    attacks.write_table("sig", [])
+    assert page.read_text() == text
+
+
+def test_rows_of_the_bank_come_back_where_the_bank_looks_for_them_the_latest_of_each(
+    load: Load, tmp_path: Path
+) -> None:
+    bank = load("bank")
+    name = bank.name_of("mnist5k", "badnets_cnn")
+    for row in (
+        {"name": "calibrate-clean-000", "accuracy": 0.5},
+        {"name": "calibrate-clean-000", "asked": {}, "scores": {"strip": 0.1}},
+        {"name": "calibrate-clean-000", "accuracy": 0.9},
+    ):
+        load("record").append(name, {"busy": 0.0, "row": row})
+    folder = bank.restore("mnist5k", "badnets_cnn", tmp_path / "banks")
+    assert json.loads((folder / "calibrate-clean-000.json").read_text())["accuracy"] == 0.9
+    assert json.loads((folder / "scores/calibrate-clean-000.json").read_text())["scores"] == {"strip": 0.1}
+
+
+def test_a_calibration_is_not_shipped_before_all_models_are_there(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="calibrate-clean-000 has not been scored yet"):
+        load("bank").ship("mnist5k", "badnets_cnn", tmp_path)
+
+
+def test_fine_pruning_is_tried_on_images_that_no_figure_uses(load: Load) -> None:
+    from molehunt.tasks import get_task
+
+    task = get_task("mnist5k")
+    mine, hidden = load("fine_pruning").parts(task, 3, develop=True)
+    validation = {x.numpy().tobytes() for x in task.load("validation").x}
+    seen = [{x.numpy().tobytes() for x in part.x} for part in (mine, hidden)]
+    assert not seen[0] & seen[1]
+    assert seen[0] | seen[1] == validation
+    assert len(mine.y) + len(hidden.y) == len(task.load("validation").y)

@@ -91,8 +91,7 @@ def _patch(task: Task, rng: torch.Generator) -> Patch:
     size = int(torch.randint(3, 6, (1,), generator=rng))
     top = int(torch.randint(height - size + 1, (1,), generator=rng))
     left = int(torch.randint(width - size + 1, (1,), generator=rng))
-    mask = torch.zeros(1, height, width)
-    mask[:, top : top + size, left : left + size] = 1.0
+    mask = Patch.square(task.shape, size=size, at=(top, left)).mask
     shades = 0.5 + 0.5 * torch.rand(channels, height, width, generator=rng)
     return Patch(mask=mask, pattern=shades * mask)
 
