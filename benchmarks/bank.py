@@ -33,13 +33,18 @@ from molehunt.bank import scores
 from molehunt.bank.rows import backdoored, folder_of
 from molehunt.commands.evaluation import Elsewhere
 from molehunt.datasets import cache
-from molehunt.defenses import available
+from molehunt.defenses import Defense, available
 from molehunt.engine import Processes
 from molehunt.tasks import get_task
 from record import RESULTS, Figure, append, rows, spread, write
 
 SECONDS = 600.0
 """Time limit for one defense on one model, as `molehunt calibrate` has it."""
+
+
+def everyone() -> dict[str, Defense]:
+    """All defenses, with their default settings."""
+    return {name: kind() for name, kind in available().items()}
 
 
 def name_of(task: str, network: str) -> str:
@@ -57,11 +62,22 @@ def restore(task: str, network: str, root: Path) -> Path:
     return folder
 
 
+def adopt(task: str, network: str, folder: Path) -> None:
+    """Keep the rows that are on disk alone: of models that were finished out of turn when a run was killed."""
+    name = name_of(task, network)
+    known = [one["row"] for one in rows(name)]
+    for path in sorted([*folder.glob("*.json"), *folder.glob("scores/*.json")]):
+        row = json.loads(path.read_text())
+        if row not in known:
+            append(name, {"busy": None, "at": round(path.stat().st_mtime), "row": row})
+
+
 def run(task: str, network: str, partition: str, most: int | None, jobs: int, root: Path) -> None:
     """Train the missing models of a partition and score them, and keep the rows."""
     folder, name = restore(task, network, root), name_of(task, network)
     listed = bank.entries(task, network, partition, most=most)
     torch.set_num_threads(1)
+    adopt(task, network, folder)
 
     def keep(row: bank.Row | scores.Scored) -> None:
         append(name, {"busy": round(os.getloadavg()[0], 2), "at": round(time.time()), "row": asdict(row)})
@@ -76,37 +92,28 @@ def run(task: str, network: str, partition: str, most: int | None, jobs: int, ro
         print(found.name, {k: round(v, 3) for k, v in found.scores.items() if v is not None}, found.failed, flush=True)
 
     bank.build(listed, folder, processes=jobs, report=grown)
-    defenses = {name: kind() for name, kind in available().items()}
     scores.score(
         listed,
         folder,
-        defenses,
+        everyone(),
         Elsewhere(isolated=True, seconds=SECONDS),
         engine=Processes(jobs, 1) if jobs > 1 else None,
         report=scored,
     )
 
 
-def kept_scores(listed: Sequence[bank.Entry], folder: Path) -> list[scores.Scored]:
-    """What is kept about the models, all of which must have been scored.
-
-    Raises:
-        ValueError: a model has not been scored.
-    """
-    found = []
-    for entry in listed:
-        one = scores.read_scored(folder / "scores" / f"{entry.name}.json")
-        if one is None:
-            raise ValueError(f"{entry.name} has not been scored yet: python benchmarks/bank.py run --task {entry.task}")
-        found.append(one)
-    return found
-
-
 def ship(task: str, network: str, root: Path) -> None:
     """Write the calibration that comes with the package."""
     folder = restore(task, network, root)
     listed = bank.entries(task, network, "calibrate")
-    made = scores.population(listed, folder, kept_scores(listed, folder))
+    torch.set_num_threads(1)
+    found = scores.kept(listed, folder, everyone())
+    if lacking := [entry.name for entry in listed if entry.name not in found]:
+        raise ValueError(
+            f"{len(lacking)} models have no scores by the defenses of today, {lacking[0]} first: "
+            f"python benchmarks/bank.py run --task {task} --network {network}"
+        )
+    made = scores.population(listed, folder, [found[entry.name] for entry in listed])
     path = Path(molehunt.__file__).parent / "populations" / f"{task}-{network}.json"
     calibration.save(made, path)
     print(f"{path.name}: {len(made.clean)} clean models, {len(made.planted)} whose backdoor passes the gates")

@@ -28,8 +28,10 @@ passes, which is what appending a poison would do. Beside them 60 that are backd
 
 import argparse
 import json
+import multiprocessing
 import os
-import resource
+import re
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -106,10 +108,39 @@ def test_images(task: str) -> Images:
     return Images(found.x[:TEST_IMAGES], found.y[:TEST_IMAGES])
 
 
-def peak_gib() -> float:
-    """The most memory that this process, or any one of its children, has held, added; GiB."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 2**20
+class Memory:
+    """The most memory that this process and its workers held at one time, in GiB, looked at twice a second.
+
+    Pages that several processes share are counted in parts (PSS), so the sum is what the machine gave.
+    """
+
+    def __enter__(self) -> "Memory":
+        """Begin to look."""
+        self.peak_gib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Look a last time, and end."""
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+            self.peak_gib = max(self.peak_gib, sum(map(proportional, pids)) / 2**20)
+            if self._stop.wait(0.5):
+                return
+
+
+def proportional(pid: int | None) -> int:
+    """KiB of a process, shared pages in parts; 0 for one that is gone."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.M)[0])
 
 
 def conditions() -> dict[str, Any]:
@@ -253,9 +284,9 @@ def grow(what: str, state: Path) -> None:
     plan, folder = plan_of(what), state / f"grow-{what}"
     begun = len(list(folder.glob("block-*.safetensors")))
     conditions_, start = conditions(), time.monotonic()
-    grown = through(plan, folder, what)
+    with Memory() as memory:
+        grown = through(plan, folder, what)
     seconds = time.monotonic() - start
-    peak = peak_gib()
     said = quality(grown, plan.task)
     for row in said:
         append(NAME, {"kind": "member", "population": what, **row})
@@ -267,7 +298,7 @@ def grow(what: str, state: Path) -> None:
         "seconds": seconds,
         "blocks_found": begun,
         "layout": layout,
-        "peak_gib": peak,
+        "peak_gib": memory.peak_gib,
         "recipe": plan.recipe.to_json(),
         "accuracy": spread([row["accuracy"] for row in said]),
         "asr": spread([row["asr"] for row in said if "asr" in row]),
@@ -474,7 +505,7 @@ def collect() -> None:
             f"{[round(a, 3) for a in row['auc']['short']]}",
         )  # fmt: skip
     for row in (row for row in kept if row["kind"] == "guard"):
-        wanted: dict[str, float | None] = {"repeated": MOST, "added": None, "backdoored": None}
+        wanted: dict[str, float | None] = {"repeated": MOST, "added": MOST, "backdoored": None}
         for sort, most in wanted.items():
             figures[f"guard, AUC of weight norm and accuracy, clean against {sort}"] = Figure(
                 value=row[sort]["auc"], unit="AUC", goal=most, better="lower",
@@ -482,14 +513,14 @@ def collect() -> None:
                 command="python benchmarks/population.py guard",
             )  # fmt: skip
     minutes = {"mnist": 20, "cifar": 60, "narrow": 60}
-    for row in (row for row in kept if row["kind"] == "whole"):
+    # A run that only read blocks says nothing about time and memory.
+    for row in (row for row in kept if row["kind"] == "whole" and row["blocks_found"] == 0):
         what, command = row["population"], f"python benchmarks/population.py grow {row['population']}"
-        if row["blocks_found"] == 0:
-            figures[f"{row['models']} networks, {what}, time"] = Figure(
-                value=row["seconds"] / 60, unit="min", goal=minutes[what], better="lower", command=command,
-                note=f"{row['dtype']}, layout {row['layout']['block']} x {row['layout']['processes']} x "
-                f"{row['layout']['threads']}; load before {row['busy']}",
-            )  # fmt: skip
+        figures[f"{row['models']} networks, {what}, time"] = Figure(
+            value=row["seconds"] / 60, unit="min", goal=minutes[what], better="lower", command=command,
+            note=f"{row['dtype']}, layout {row['layout']['block']} x {row['layout']['processes']} x "
+            f"{row['layout']['threads']}; load before {row['busy']}",
+        )  # fmt: skip
         figures[f"{row['models']} networks, {what}, memory"] = Figure(
             value=row["peak_gib"], unit="GiB", goal=4.0, better="lower", command=command
         )

@@ -104,8 +104,19 @@ def test_rows_of_the_bank_come_back_where_the_bank_looks_for_them_the_latest_of_
 
 
 def test_a_calibration_is_not_shipped_before_all_models_are_there(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="calibrate-clean-000 has not been scored yet"):
+    with pytest.raises(ValueError, match="198 models are not trained yet, calibrate-clean-000 first"):
         load("bank").ship("mnist5k", "badnets_cnn", tmp_path)
+
+
+def test_a_model_that_was_finished_out_of_turn_before_a_kill_is_kept(load: Load, tmp_path: Path) -> None:
+    bank, record = load("bank"), load("record")
+    first, second = {"name": "calibrate-clean-000"}, {"name": "calibrate-clean-001", "asked": {}}
+    record.append("bank-mnist5k-badnets_cnn", {"busy": 0.0, "row": first})
+    folder = bank.restore("mnist5k", "badnets_cnn", tmp_path / "banks")
+    (folder / "scores/calibrate-clean-001.json").write_text(json.dumps(second))
+    for _ in range(2):
+        bank.adopt("mnist5k", "badnets_cnn", folder)
+        assert [one["row"] for one in record.rows("bank-mnist5k-badnets_cnn")] == [first, second]
 
 
 def test_fine_pruning_is_tried_on_images_that_no_figure_uses(load: Load) -> None:

@@ -412,6 +412,35 @@ def test_a_repair_is_measured_and_taken() -> None:
     assert repair["tried"][0]["residual_asr"] == 0.0
 
 
+def test_without_a_recovered_trigger_no_residual_success_is_claimed() -> None:
+    answer = verdict(
+        [found("neural_cleanse", 9.0, classes=[0.0, 0.1, 4.0, -0.1]), found("fine_pruning", repaired=linear())],
+        people(strip=False),
+        classes=CLASSES,
+        suspect=suspect(),
+        held_out=pictures(),
+    )
+    repair = answer.details["repair"]
+    assert repair["taken"] == "fine_pruning"
+    assert repair["tried"][0]["residual_asr"] is None
+    assert repair["why"] == "no trigger to measure: most accurate"
+
+
+def test_triggers_of_other_producers_are_not_comparable_and_the_reason_names_them() -> None:
+    population = people()
+    settings = {**population.defenses["strip"], "producers": ["abs", "neural_cleanse"]}
+    population = replace(population, defenses={**population.defenses, "strip": settings})
+    cleanse, strip = found("neural_cleanse", 0.5), found("strip", 0.9)
+    fewer = replace(strip, record={**strip.record, "producers": ["neural_cleanse"]})
+    answer = tell(cleanse, fewer, population=population)
+    assert "strip" not in answer.p_values
+    assert answer.details["skipped"]["strip"] == (
+        "it judges triggers that neural_cleanse looked for; on the reference models abs and neural_cleanse did"
+    )
+    same = replace(strip, record={**strip.record, "producers": ["neural_cleanse", "abs"]})
+    assert "strip" in tell(cleanse, same, population=population).p_values
+
+
 def test_do_no_harm_a_model_that_looks_clean_keeps_its_weights() -> None:
     answer = repairing(found("fine_pruning", repaired=linear()), score=-1.0, planted=10)
     assert answer.p < 0.2

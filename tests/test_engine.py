@@ -1,8 +1,12 @@
 """Deadlines, cancellation, and where work runs."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +84,65 @@ def test_processes_keep_the_order_and_raise_here() -> None:
     assert {threads for _, _, threads in found} == {1}
     with pytest.raises(ValueError, match="item 4 is bad"):
         next(results)
+
+
+def die(item: int) -> int:
+    if item == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_worker_that_was_killed_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(ChildProcessError, match="one of 2 worker processes was killed, most likely because memory"):
+        list(Processes(2).map(die, range(4)))
+
+
+def tell_and_wait(item: tuple[str, int]) -> None:
+    folder, number = item
+    (Path(folder) / str(number)).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+ORPHANS = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from molehunt.engine import Processes
+from tests.test_engine import tell_and_wait
+
+if __name__ == "__main__":
+    list(Processes(2).map(tell_and_wait, [(sys.argv[1], i) for i in range(2)]))
+"""
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for yet has."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return True
+    return state == "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "main.py").write_text(ORPHANS)
+    told = tmp_path / "told"
+    told.mkdir()
+    root = Path(__file__).parent.parent
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "main.py"), str(told), str(root)])
+    try:
+        end = time.monotonic() + 60
+        while len([path for path in told.iterdir() if path.read_text()]) < 2:
+            assert time.monotonic() < end, "the workers never began"
+            time.sleep(0.05)
+    finally:
+        parent.kill()
+        parent.wait()
+    pids = [int(path.read_text()) for path in told.iterdir()]
+    end = time.monotonic() + 20
+    while not all(gone(pid) for pid in pids):
+        assert time.monotonic() < end, "the workers outlive their parent"
+        time.sleep(0.05)
 
 
 def test_no_work_needs_no_process() -> None:

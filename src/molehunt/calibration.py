@@ -35,9 +35,16 @@ def statistic(finding: Finding) -> float | None:
 
 
 def settings(finding: Finding) -> dict[str, Any]:
-    """Return what must be equal for two scores of one defense to be comparable: configuration, and stream or none."""
+    """Return what must be equal for two scores of one defense to be comparable.
+
+    That is its `configuration`, whether it had a `stream`, and for one that judges the triggers that others find, who
+    looked for them (`producers`, see `examination.examine`).
+    """
     configuration = finding.record.get("configuration", {})
-    return {"configuration": dict(configuration), "stream": finding.input_scores is not None}
+    found: dict[str, Any] = {"configuration": dict(configuration), "stream": finding.input_scores is not None}
+    if "producers" in finding.record:
+        found["producers"] = sorted(finding.record["producers"])
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,9 +282,13 @@ def _incomparable(finding: Finding, population: Population) -> str | None:
     """Say why a score cannot be compared with the references'; None if it can."""
     if reason := uncovered(finding.defense, population):
         return reason
-    if settings(finding) != population.defenses[finding.defense]:
-        return "the reference models were scored in another configuration"
-    return None
+    here, there = settings(finding), population.defenses[finding.defense]
+    if here == there:
+        return None
+    if {**here, "producers": None} == {**there, "producers": None}:
+        found = [" and ".join(one.get("producers", ())) or "nobody" for one in (here, there)]
+        return f"it judges triggers that {found[0]} looked for; on the reference models {found[1]} did"
+    return "the reference models were scored in another configuration"
 
 
 def uncovered(defense: str, population: Population) -> str | None:

@@ -4,10 +4,13 @@ One process, or several of this machine; the interface is also what a cluster wi
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -113,11 +116,12 @@ class Processes:
         """Results in the order of the items; what one raises is raised here, and the rest is given up.
 
         Raises:
-            concurrent.futures.process.BrokenProcessPool: a process died.
+            ChildProcessError: a process died.
         """
         listed = list(items)
         if not listed:
             return
+        others = set(multiprocessing.active_children())
         # spawn: a forked child of a process that has used OpenMP threads can hang in its first parallel loop.
         pool = ProcessPoolExecutor(
             max_workers=min(self.count, len(listed)),
@@ -127,9 +131,13 @@ class Processes:
         )
         try:
             yield from pool.map(function, listed)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                f"one of {self.count} worker processes was killed, most likely because memory ran out: use fewer"
+            ) from error
         except BaseException:
             # Ctrl-C must not wait for a training to end.
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
         finally:
@@ -137,6 +145,15 @@ class Processes:
 
 
 def _start_worker(threads: int) -> None:
-    """Set up a worker: Ctrl-C reaches the parent, who ends the workers."""
+    """Set up a worker: Ctrl-C reaches the parent, who ends the workers, and they end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: one that was killed cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

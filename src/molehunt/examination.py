@@ -1,6 +1,6 @@
 """Run the defenses over one suspect, in the order in which they help each other."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import replace
 
 from molehunt.defenses import Defense
@@ -17,9 +17,9 @@ def divide(clean: Images, share: float = 0.8) -> tuple[Images, Images]:
     return Images(clean.x[:cut], clean.y[:cut]), Images(clean.x[cut:], clean.y[cut:])
 
 
-def judges_candidates(defense: Defense, suspect: Suspect) -> bool:
+def judges_candidates(defense: Defense, grants: Set[Access]) -> bool:
     """Whether a defense has to wait for candidates: no other evidence that it accepts is granted."""
-    return not any(need <= suspect.grants - {Access.CANDIDATES} for need in defense.needs) and any(
+    return not any(need <= grants - {Access.CANDIDATES} for need in defense.needs) and any(
         Access.CANDIDATES in need for need in defense.needs
     )
 
@@ -33,8 +33,25 @@ def candidates(outcomes: Mapping[str, Outcome]) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
+def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Names of the defenses that looked for triggers and finished, in order: they name one, or a score by class.
+
+    That none of them named a trigger is evidence. One that failed or abstained found nothing either, but that is none.
+    """
+    return sorted(
+        name
+        for name, outcome in outcomes.items()
+        if isinstance(outcome, Finding) and (outcome.trigger is not None or outcome.class_scores is not None)
+    )
+
+
 def examine(suspect: Suspect, defenses: Mapping[str, Defense], inspect: Inspect) -> Iterator[tuple[str, Outcome]]:
     """Yield every defense's outcome: first those that find triggers, then those that judge what was found.
+
+    The record of a finding about candidates says in `producers` who looked for them: the more have looked, the higher
+    the largest score among candidates, so scores after other producers are not comparable. Where nobody could look,
+    and the suspect came without candidates, none are granted, not even an empty set of them: those that only judge
+    candidates then abstain.
 
     Args:
         suspect: the model and the evidence; its candidates, if any, are kept and the recovered ones added.
@@ -44,11 +61,17 @@ def examine(suspect: Suspect, defenses: Mapping[str, Defense], inspect: Inspect)
     outcomes: dict[str, Outcome] = {}
     waiting: dict[str, Defense] = {}
     for name, defense in defenses.items():
-        if judges_candidates(defense, suspect):
+        if judges_candidates(defense, suspect.grants):
             waiting[name] = defense
             continue
         outcomes[name] = inspect(name, defense, suspect)
         yield name, outcomes[name]
-    informed = replace(suspect, candidates=(suspect.candidates or ()) + candidates(outcomes))
+    producers = searched(outcomes)
+    informed = suspect
+    if producers or suspect.candidates is not None:
+        informed = replace(suspect, candidates=(suspect.candidates or ()) + candidates(outcomes))
     for name, defense in waiting.items():
-        yield name, inspect(name, defense, informed)
+        outcome = inspect(name, defense, informed)
+        if isinstance(outcome, Finding):
+            outcome = replace(outcome, record={**outcome.record, "producers": producers})
+        yield name, outcome

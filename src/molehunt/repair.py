@@ -79,15 +79,19 @@ def choose(
         cleaned = Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
         after = _accuracy(cleaned, held_out)
         rates = [success(c.trigger, c.target, cleaned, held_out) for c in recovered]
-        residual = max((rate for rate in rates if rate is not None), default=0.0)
+        # Without a recovered trigger nothing is measured, which is not the same as a trigger that works no longer.
+        residual = max((rate for rate in rates if rate is not None), default=None)
         accepted = after >= before - DROP
         tried.append(
             {"defense": offer.defense, "accepted": accepted, "accuracy_after": after, "residual_asr": residual}
         )
-        merit = (residual, -after, offer.defense)
+        merit = (residual or 0.0, -after, offer.defense)
         if accepted and (best is None or merit < best):
             best, state = merit, offer.repaired
-    why = "lowest residual success of the recovered triggers" if best else f"no repair kept accuracy within {DROP}"
+    measured = any(one.get("residual_asr") is not None for one in tried)
+    why = "lowest residual success of the recovered triggers" if measured else "no trigger to measure: most accurate"
+    if best is None:
+        why = f"no repair kept accuracy within {DROP}"
     record: dict[str, Any] = {"taken": best[2] if best else None, "why": why, "accuracy_before": before}
     return state, record | {"accuracy_after": -best[1] if best else before, "tried": tried}
 

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import molehunt
 from molehunt import runner
 from molehunt.bank import roster, scores
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import build, poisoned, read_rows, regrow
 from molehunt.bank.scores import Scored, failures, population, score
 from molehunt.calibration import load, save
-from molehunt.defenses import Defense
+from molehunt.defenses import STRIP, Defense, FinePruning
 from molehunt.engine import Run
 from molehunt.examination import Inspect
 from molehunt.findings import Finding, Outcome
@@ -138,7 +139,60 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield root / "bank"
 
 
+class TestCandidates:
+    """A defense that only judges triggers is worth nothing where nobody looks for them."""
+
+    def test_who_looks_is_asked_too(self) -> None:
+        found = scores.with_finders({"mine": STRIP(overlays=5)})
+        assert list(found) == ["neural_cleanse", "mine"]
+        assert found["mine"] == STRIP(overlays=5)
+
+    def test_where_somebody_may_look_nobody_is_added(self) -> None:
+        alone: tuple[dict[str, Defense], ...] = (
+            {"heavy": Heavy()},
+            {"strip": STRIP(), "knowing": Knowing()},
+            {"fine_pruning": FinePruning()},
+        )
+        for asked in alone:
+            assert scores.with_finders(asked) == asked
+        assert "neural_cleanse" in scores.with_finders({"strip": STRIP(), "fine_pruning": FinePruning()})
+
+    def test_alone_it_has_no_score(self, folder: Path) -> None:
+        found = Scoring(folder)({"strip": STRIP()})
+        assert all(set(scored.abstained) == {"strip"} and not scored.scores for scored in found)
+
+    def test_where_a_search_failed_the_score_of_who_judges_is_left_out(self, folder: Path) -> None:
+        found = Scoring(folder)({"heavy": Heavy(), "strip": STRIP()})
+        three = {"configuration": {}, "stream": False, "producers": ["abs", "neural_cleanse"]}
+        two = {**three, "producers": ["abs"]}
+        whole, broken = (
+            replace(found[i], settings={**found[i].settings, "strip": used}, scores={**found[i].scores, "strip": 0.1})
+            for i, used in ((0, three), (1, two))
+        )
+        broken = replace(broken, failed={"neural_cleanse": "memory: none left"}, name=whole.name)
+        listed = (LISTED[0], LISTED[0])
+        made = population(listed, folder, (broken, whole))
+        assert made.defenses["strip"] == three
+        assert [model.scores["strip"] for model in made.clean] == [None, 0.1]
+        with pytest.raises(ValueError, match="strip scored the models in different settings"):
+            population(listed, folder, (replace(broken, failed={}), whole))
+
+
 class TestResuming:
+    def test_scores_of_another_release_are_made_again(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        scoring = Scoring(folder)
+        scoring({"heavy": Heavy()})
+        scoring({"heavy": Heavy()})
+        assert scoring.fresh == []
+        monkeypatch.setattr(molehunt, "__version__", "99.0")
+        scoring({"heavy": Heavy()})
+        assert scoring.fresh == [entry.name for entry in LISTED]
+
+    def test_the_recipe_is_recorded_with_its_settings(self, folder: Path) -> None:
+        made = population(LISTED, folder, Scoring(folder)({"heavy": Heavy()}))
+        assert made.recipe_name == "badnets_cnn"
+        assert made.recipe["settings"]["batch"] == 100
+
     def test_an_interrupted_run_goes_on_and_gives_the_same_file(self, folder: Path, tmp_path: Path) -> None:
         def stop(scored: Scored) -> None:
             raise KeyboardInterrupt(scored)

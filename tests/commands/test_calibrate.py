@@ -16,7 +16,7 @@ from molehunt.calibration import load
 from molehunt.cli import main
 from molehunt.commands.evaluation import Elsewhere
 from molehunt.conformal import conformal
-from molehunt.defenses import STRIP
+from molehunt.defenses import STRIP, NeuralCleanse
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
@@ -24,6 +24,7 @@ from molehunt.tasks import get_task
 
 LISTED = entries("mnist5k", "badnets_cnn", "calibrate", most=2)
 FAST = ["--most", "2", "--defense", "strip", "--not-isolated"]
+PLACE = "scores-neural_cleanse+strip"  # who judges triggers needs somebody to look for them
 
 
 @pytest.fixture
@@ -37,12 +38,12 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def scored(bank: Path) -> dict[str, dict[str, Any]]:
     """What lies on disk of every model, but for seconds and bytes of memory."""
-    return {path.name: json.loads(path.read_text()) | {"costs": {}} for path in (bank / "scores").glob("*.json")}
+    return {path.name: json.loads(path.read_text()) | {"costs": {}} for path in (bank / PLACE).glob("*.json")}
 
 
 def again(bank: Path) -> None:
     """Take the scores away."""
-    for path in (bank / "scores").iterdir():
+    for path in (bank / PLACE).iterdir():
         path.unlink()
 
 
@@ -53,13 +54,29 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_file(bank: Path, tmp_path: 
     command = ["calibrate", *FAST, "--out", "cut.json"]
     assert dying.killed(dying.start(tmp_path, *command, dies="molehunt.bank.scores:3"))
     assert scored(bank).keys() == {"calibrate-clean-000.json", "calibrate-planted-000.json"}
-    assert list((bank / "scores").glob(".part-*")), "it was not killed while it wrote"
+    assert list((bank / PLACE).glob(".part-*")), "it was not killed while it wrote"
     assert not (tmp_path / "cut.json").exists()
     done = dying.start(tmp_path, *command)
     assert done.returncode == 0, done.stderr
     assert "calibrate-clean-000" not in done.stderr
     assert scored(bank) == whole
     assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_part_of_the_defenses_leaves_what_all_of_them_scored(bank: Path) -> None:
+    (bank / "scores").mkdir()
+    (bank / "scores/calibrate-clean-000.json").write_text("whole")
+    assert main(["calibrate", *FAST, "--most", "1"]) == 0
+    assert (bank / "scores/calibrate-clean-000.json").read_text() == "whole"
+    assert set(load(Path("mnist5k-badnets_cnn.json")).defenses) == {"neural_cleanse", "strip"}
+
+
+def test_fresh_models_for_a_null_check(bank: Path) -> None:
+    assert main(["bank", "build", "--partition", "evaluate", "--most", "1"]) == 0
+    command = ["calibrate", "--partition", "evaluate", "--most", "1", "--defense", "neural_cleanse", "--not-isolated"]
+    assert main(command) == 0
+    (model,) = load(Path("mnist5k-badnets_cnn-evaluate.json")).clean
+    assert model.seed == entries("mnist5k", "badnets_cnn", "evaluate", most=1)[0].seed
 
 
 def test_two_jobs_give_what_one_gives(bank: Path, tmp_path: Path) -> None:
@@ -128,12 +145,12 @@ def test_the_file_is_what_scan_compares_with(
     entry: Entry = LISTED[1]
     (row,) = read_rows([entry], bank)
     checkpoints.write(regrow(entry, row).state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(defenses, "available", lambda: {"strip": STRIP})
+    monkeypatch.setattr(defenses, "available", lambda: {"strip": STRIP, "neural_cleanse": NeuralCleanse})
     capsys.readouterr()
     scan = ["scan", "model.safetensors", "--task", "mnist5k", "--network", "badnets_cnn", "--json", "-"]
     main([*scan, "--references", "scores.json"])
     found = json.loads(capsys.readouterr().out)
-    (strip,) = found["defenses"]
+    (strip,) = [one for one in found["defenses"] if one["defense"] == "strip"]
     column = load(Path("scores.json")).column("strip")
     assert len(column) == found["details"]["references"]["clean"] == 2
     assert strip["p_value"] == conformal(strip["score"], column)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
+import molehunt
 from molehunt import strict_json
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import Row, backdoored, poisoned, read_rows, regrow
-from molehunt.calibration import Population, Reference, settings, statistic
-from molehunt.defenses import Defense
+from molehunt.calibration import Population, Reference, recorded, settings, statistic
+from molehunt.defenses import DEFENSES, Defense
 from molehunt.engine import Engine, Local
-from molehunt.examination import Inspect, divide, examine
+from molehunt.examination import Inspect, divide, examine, judges_candidates
 from molehunt.files import write_atomically
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.runner import configuration
-from molehunt.suspect import Suspect
+from molehunt.suspect import Access, Suspect
 from molehunt.tasks import get_task
 
 Inspecting = Callable[[int], Inspect]
@@ -33,6 +34,22 @@ REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradie
 """Defenses that answer with a repaired model and no score: there is nothing to calibrate, and they train."""
 REPAIRED = 10
 """So many clean and as many planted models of a partition are repaired: enough for the mean of a curve."""
+
+
+GRANTED = frozenset({Access.CLEAN})
+"""Evidence that every model of a bank comes with."""
+
+
+def with_finders(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
+    """Add the built-in defenses that look for triggers, where one is asked that only judges what others found.
+
+    Nothing is added where a defense is asked that may look for triggers itself. Those who look come first.
+    """
+    waiting = {name for name, defense in defenses.items() if judges_candidates(defense, GRANTED)}
+    if not waiting or defenses.keys() - waiting - REPAIRS:
+        return dict(defenses)
+    others = {name: kind() for name, kind in DEFENSES.items() if name not in REPAIRS}
+    return {**{n: d for n, d in others.items() if not judges_candidates(d, GRANTED)}, **defenses}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +120,8 @@ def score(
     """
     rows = rows_of(listed, folder)
     (folder / place).mkdir(exist_ok=True)
-    found: dict[str, Scored] = {}
-    missing = []
-    for entry, row in zip(listed, rows, strict=True):
-        kept = read_scored(folder / place / f"{entry.name}.json")
-        if kept is not None and not kept.failed and _still_holds(kept, row, _asked(entry, defenses)):
-            found[entry.name] = kept
-        else:
-            missing.append((entry, row))
+    found = kept(listed, folder, defenses, place=place)
+    missing = [(entry, row) for entry, row in zip(listed, rows, strict=True) if entry.name not in found]
     fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting), missing)
     try:
         for scored in fresh:
@@ -124,8 +135,27 @@ def score(
     return tuple(found[entry.name] for entry in listed)
 
 
+def kept(
+    listed: Sequence[Entry], folder: Path, defenses: Mapping[str, Defense], *, place: str = "scores"
+) -> dict[str, Scored]:
+    """Return by name what is on disk about the models and would not be scored again; see `score`.
+
+    Raises:
+        ValueError: no models, a model is not trained yet, or a file is no row.
+    """
+    found = {}
+    for entry, row in zip(listed, rows_of(listed, folder), strict=True):
+        scored = read_scored(folder / place / f"{entry.name}.json")
+        if scored is not None and not scored.failed and _still_holds(scored, row, _asked(entry, defenses)):
+            found[entry.name] = scored
+    return found
+
+
 def population(listed: Sequence[Entry], folder: Path, found: Sequence[Scored]) -> Population:
     """Collect scores as reference population. Planted models that a referee would not pass are left out.
+
+    Where a defense failed on a model, those that judge the triggers that it finds have seen fewer: such a score is left
+    out like one that is missing.
 
     Args:
         listed: the models, of one task and network.
@@ -137,9 +167,9 @@ def population(listed: Sequence[Entry], folder: Path, found: Sequence[Scored]) -
     """
     rows = rows_of(listed, folder)
     together: dict[str, Any] = {}
-    for scored in found:
+    for scored in sorted(found, key=lambda scored: len(scored.failed)):
         for name, used in scored.settings.items():
-            if together.setdefault(name, used) != used:
+            if together.setdefault(name, used) != used and not scored.failed:
                 raise ValueError(f"{name} scored the models in different settings; delete the scores to start again")
     if not together:
         failed = next((f"{n}: {text}" for s in found for n, text in s.failed.items()), "pure repairs have none")
@@ -152,11 +182,14 @@ def population(listed: Sequence[Entry], folder: Path, found: Sequence[Scored]) -
     return Population(
         task=listed[0].task,
         network=listed[0].network,
-        recipe=listed[0].network,
+        recipe=recorded(listed[0].network, get_task(listed[0].task)),
         models=tuple(
             Reference(
                 seed=entry.seed,
-                scores={name: scored.scores.get(name) for name in together},
+                scores={
+                    name: scored.scores.get(name) if scored.settings.get(name) == used else None
+                    for name, used in together.items()
+                },
                 accuracy=row.accuracy,
                 attack=row.kind if row.planted else None,
             )
@@ -214,6 +247,9 @@ def _for(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Defense]:
 def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Any]) -> bool:
     # Through JSON, as the file went: a tuple comes back as a list.
     same = kept.asked == json.loads(json.dumps(asked)) and kept.threads == torch.get_num_threads()
+    # Another release may score otherwise, and a file of scores has one number for each program.
+    today = {"molehunt": molehunt.__version__, "torch": torch.__version__}
+    same = same and all(kept.versions.get(name, text) == text for name, text in today.items())
     return same and kept.weights == row.weights
 
 

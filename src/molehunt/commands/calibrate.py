@@ -25,6 +25,9 @@ def calibrate(
         list[str] | None,
         typer.Option(help="A defense by name; may be repeated. Default: all.", show_default=False),
     ] = None,
+    partition: Annotated[
+        str, typer.Option(help="calibrate; or evaluate, for the fresh models of a null check.")
+    ] = "calibrate",
     most: Most = None,
     folder: Folder = ROOT,
     out: Annotated[
@@ -63,12 +66,14 @@ def calibrate(
         use_threads(threads)
         with given():
             network = network or get_task(task).network
-            listed = bank.entries(task, network, "calibrate", most=most)
+            listed = bank.entries(task, network, partition, most=most)
             known = available()
         if unknown := sorted(set(defense or ()) - known.keys()):
             raise InputError(f"unknown defense {legible(unknown[0], 80)!r}; known: {', '.join(known)}")
-        defenses = {name: known[name]() for name in dict.fromkeys(defense or known)}
-        out = out or Path(f"{task}-{network}.json")
+        defenses = scores.with_finders({name: known[name]() for name in dict.fromkeys(defense or known)})
+        # A place of its own, so that what all of them scored is not overwritten.
+        place = f"scores-{'+'.join(sorted(defenses))}" if defenses.keys() != known.keys() else "scores"
+        out = out or Path(f"{task}-{network}{'' if partition == 'calibrate' else f'-{partition}'}.json")
         check_target(out)
         check_target(picture)
         where = folder_of(folder, task, network)
@@ -97,7 +102,7 @@ def calibrate(
                 inspecting = Elsewhere(isolated=isolated is not False and not told, seconds=seconds)
                 engine = Processes(jobs, threads)
             with given((ValueError, OSError)):
-                found = scores.score(listed, where, defenses, inspecting, engine=engine, report=tell)
+                found = scores.score(listed, where, defenses, inspecting, engine=engine, report=tell, place=place)
                 population = scores.population(listed, where, found)
                 calibration.save(population, out)
                 alt = None if picture is None else _draw(population, picture)

@@ -61,6 +61,9 @@ def evaluate(
             network = network or get_task(task).network
             listed = bank.entries(task, network, "evaluate", most=most)
             found = _find(defense)
+            asked = scores.with_finders({defense: found.defense})
+        if also := [name for name in asked if name != defense]:
+            console.print(f"{legible(defense, 80)} judges triggers that {' and '.join(also)} looks for", soft_wrap=True)
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
             scores.rows_of(listed, where)
@@ -87,9 +90,7 @@ def evaluate(
                 ) as made,
                 given((ValueError, OSError)),
             ):
-                answered = scores.score(
-                    [*listed, *known], where, {defense: found.defense}, made[0], report=tell, place=found.place
-                )
+                answered = scores.score([*listed, *known], where, asked, made[0], report=tell, place=found.place)
                 population = scores.population(listed, where, answered[: len(listed)])
                 clean = population.column(defense)
                 planted = [row[0] for row in population.table([defense], planted=True)]
