@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from game.tricks import honest
-from molehunt import calibration
+from molehunt import calibration, checkpoints
 from molehunt.calibration import Population
 from molehunt.cli import main
 from molehunt.commands import rehearsal as command
@@ -18,9 +18,12 @@ from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.game import check as home
 from molehunt.game import rehearsal, submission
-from molehunt.game.rules import get_round
+from molehunt.game.rules import Board, get_round
 from molehunt.game.seal import Sealed
+from molehunt.networks import build
 from molehunt.suspect import Access, Suspect
+from molehunt.tasks import DEFENDER, Images, Split, Task
+from molehunt.tensor_file import encode
 from molehunt.triggers import Patch, Target
 
 Out = pytest.CaptureFixture[str]
@@ -137,6 +140,105 @@ def test_a_stopped_rehearsal_goes_on(
     monkeypatch.setattr(Oracle, "__call__", call)
     assert main(["check", mine, "--defend", "II"]) == 0
     assert CALLS == ["oracle"] * 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Judges what others found. Score: how many. Reference: none. Departures: none."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CANDIDATES}),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        raise NotImplementedError("the test answers for it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searcher:
+    """Names a square of some size. Score: none. Reference: none. Departures: none."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CLEAN}),)
+    size: int = 3
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        raise NotImplementedError("the test answers for it")
+
+
+def test_an_answer_is_used_again_only_where_all_that_it_depends_on_is_the_same(
+    references: home.References, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def inspect(name: str, defense: Defense, suspect: Suspect) -> Finding:
+        asked.append(name)
+        if not isinstance(defense, Searcher):
+            return Finding(defense=name, score=1.0)
+        trigger = Patch.square(suspect.task.shape, size=defense.size, color="white")
+        return Finding(defense=name, score=1.0, trigger=trigger, target=3)
+
+    def ask(board: Board = "weights", size: int = 3) -> list[str]:
+        asked.clear()
+        defenses: dict[str, Defense] = {"searcher": Searcher(size=size), "judge": Judge()}
+        rehearsal.population(references, 1, defenses, board, inspect, lambda _: None)
+        return list(asked)
+
+    both = ["searcher", "judge"]
+    assert ask() == both
+    assert ask() == []
+    assert ask(size=4) == both, "another candidate is judged"
+    assert ask("data") == both, "another board shows more"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 64)
+        assert ask() == both
+    with monkeypatch.context() as patch:
+        patch.setattr("molehunt.__version__", "9.9")
+        assert ask() == both
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal, "DEFENDER", 100)
+        assert ask() == both, "other clean images"
+    assert ask() == []
+    other = build(references.network, honest.TASK.shape, 10, rng=torch.Generator().manual_seed(1))
+    path = references.folder / "0.safetensors"
+    path.write_bytes(b"".join(encode(checkpoints.canonical(other.state_dict()))))
+    assert ask() == both, "another reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Large(Task):
+    """A task with a validation split of its own."""
+
+    def load(self, split: Split) -> Images:
+        y = torch.tensor([0] * 2000 + [1] * 3000)
+        return Images(torch.arange(5000.0).view(-1, 1, 1, 1) / 5000, y)
+
+
+def test_defenders_see_as_many_images_as_at_the_host() -> None:
+    task = Large(
+        name="large", shape=(1, 1, 1), classes=("a", "b"), augment="none", network="none", mean=(0.5,), std=(0.5,)
+    )
+    drawn = rehearsal.clean_images(task)
+    assert torch.bincount(drawn.y).tolist() == [400, 600]
+    assert len(set(drawn.x.flatten().tolist())) == DEFENDER == 1000
+    assert torch.equal(drawn.x, rehearsal.clean_images(task).x)
+    assert 0 < int(drawn.y[:100].sum()) < 100, "the classes are mixed, so that both parts have all of them"
+    assert rehearsal.clean_images(honest.TASK) is honest.TASK.load("validation")
+
+
+def test_the_submission_is_judged_with_as_many_images_as_at_the_host(
+    references: home.References, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "DEFENDER", 100)
+    contents = submission.read_submission(Path(submitted(tmp_path / "mine", references, Sealed())))
+    seen: list[int] = []
+
+    def inspect(name: str, defense: Defense, suspect: Suspect) -> Finding:
+        assert suspect.clean is not None
+        seen.append(len(suspect.clean.y))
+        return Finding(defense=name, score=1.0)
+
+    known, defenses = Population(task="mnist5k", network="badnets_cnn"), {"strip": Oracle()}
+    rehearsal.rehearse(contents, references.get(0), None, get_round("II"), defenses, (), known, inspect)
+    rehearsal.population(references, 1, defenses, "weights", inspect, lambda _: None)
+    assert seen == [80, 80]
 
 
 def test_the_points_are_the_hosts(references: home.References, tmp_path: Path) -> None:

@@ -5,10 +5,15 @@ Three things differ: the images are public, the clean models to compare with are
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+import molehunt
 from molehunt import calibration, checkpoints, combine, findings
 from molehunt.calibration import Population
 from molehunt.defenses import Defense
@@ -21,10 +26,11 @@ from molehunt.game.rules import DATA_ONLY, Board, Round
 from molehunt.game.scoring import Points, Truth, attack_points, judge
 from molehunt.networks import Network
 from molehunt.suspect import Suspect
-from molehunt.tasks import Images
+from molehunt.tasks import DEFENDER, Images, Task, public_rows
 
 SEED = 0
 """Of the defenses. The host's is secret."""
+_NOTHING = Images(torch.zeros(0), torch.zeros(0))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +64,23 @@ def cast(round_: Round, board: Board, known: Mapping[str, type[Defense]]) -> tup
     return {name: known[name]() for name in listed if name in known}, tuple(n for n in listed if n not in known)
 
 
+def clean_images(task: Task) -> Images:
+    """Return what stands in for the defender's clean images: as many of the validation split as the host would give.
+
+    Where the split has more than `DEFENDER` images, so many are drawn class by class in proportion, always the same.
+
+    Args:
+        task: what is played.
+    """
+    images = task.load("validation")
+    count = len(images.y)
+    if count <= DEFENDER:
+        return images
+    _, drawn = public_rows(images.y.numpy(), (count - DEFENDER, DEFENDER), name=f"{task.name} rehearsal")
+    rows = torch.from_numpy(drawn)
+    return Images(images.x[rows], images.y[rows])
+
+
 def shipped(references: References, defenses: Mapping[str, Defense], board: Board) -> Population | None:
     """Return how clean models score by what comes with the package; None where that is not there, as at the host."""
     if board == "data" and DATA_ONLY & defenses.keys():
@@ -75,7 +98,8 @@ def population(
 ) -> Population:
     """Return how the clean models at home score.
 
-    Each answer is kept in the cache before the next defense begins, so an interrupted rehearsal goes on.
+    Each answer is kept in the cache before the next defense begins, so an interrupted rehearsal goes on. It is used
+    again only where all that it depends on is the same: the weights, the evidence, the defense, versions and threads.
 
     Args:
         references: the clean models at home, trained before.
@@ -86,13 +110,13 @@ def population(
         done: is told the name of every reference that all defenses have looked at.
     """
     task, network = references.task, references.network
-    clean = divide(task.load("validation"))[0]
+    clean = divide(clean_images(task))[0]
     rows = []
     for number in range(count):
         training = task.load("train") if board == "data" else None
         suspect = Suspect.of(references.get(number), task, clean=clean, training=training)
         folder = references.folder / "outcomes" / str(number)
-        rows.append(dict(examine(suspect, defenses, _kept(folder, inspect))))
+        rows.append(dict(examine(suspect, defenses, _kept(folder, suspect, inspect))))
         done(f"reference {number + 1}")
     return calibration.population(rows, task=task.name, network=network, recipe=calibration.recorded(network, task))
 
@@ -109,7 +133,8 @@ def rehearse(
 ) -> Rehearsed:
     """Run a round's defenses on a submission and count the points.
 
-    The validation split stands in for the defender's clean images, the public test split for the hidden ones.
+    Images of the validation split (`clean_images`) stand in for the defender's, the public test split for the hidden
+    ones.
 
     Args:
         contents: the submission.
@@ -122,7 +147,7 @@ def rehearse(
         inspect: runs one defense.
     """
     task, sealed = contents.task, contents.open_seal()
-    seen, held_out = divide(task.load("validation"))
+    seen, held_out = divide(clean_images(task))
     suspect = Suspect.of(model, task, clean=seen, training=training)
     outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
     verdict = combine.verdict(
@@ -148,12 +173,27 @@ def rehearse(
     )
 
 
-def _kept(folder: Path, inspect: Inspect) -> Inspect:
-    """Keep every answer in a file whose name tells the defense's settings, and read what is there."""
+def _kept(folder: Path, shown: Suspect, inspect: Inspect) -> Inspect:
+    """Keep every answer in a file whose name tells all that it depends on, and read what is there.
+
+    Args:
+        folder: where.
+        shown: what all defenses are shown; only candidates are added.
+        inspect: runs one defense.
+    """
+    seen = _digest(
+        {f"model/{name}": tensor for name, tensor in shown.model.state_dict().items()}
+        | {f"clean/{name}": tensor for name, tensor in (shown.clean or _NOTHING)._asdict().items()}
+        | {f"training/{name}": tensor for name, tensor in (shown.training or _NOTHING)._asdict().items()}
+    )
+    where = [molehunt.__version__, torch.__version__, torch.get_num_threads(), str(shown.device), str(shown.dtype)]
 
     def look(name: str, defense: Defense, suspect: Suspect) -> Outcome:
-        settings = hashlib.sha256(repr((defense, sorted(suspect.grants))).encode()).hexdigest()[:16]
-        path = folder / f"{name}-{settings}.json"
+        candidates = [
+            [c.defense, c.target, c.trigger.to_json(), _digest(c.trigger.tensors())] for c in suspect.candidates or ()
+        ]
+        told = json.dumps([SEED, *where, repr(defense), sorted(suspect.grants), seen, candidates], sort_keys=True)
+        path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
         if path.exists():
             found = findings.load(path)
             if not isinstance(found, Verdict):
@@ -164,3 +204,13 @@ def _kept(folder: Path, inspect: Inspect) -> Inspect:
         return outcome
 
     return look
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of some tensors and their names, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        # As bytes: numpy does not know every number format.
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
