@@ -1,14 +1,38 @@
 """`molehunt train`: a submission on disk, or a reason why not."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from molehunt.attacks import BadNets
 from molehunt.cli import main
 from molehunt.game import workshop
 from molehunt.game.submission import read_submission
+from molehunt.tasks import get_task
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from molehunt.attacks import BadNets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    target: int = 0
+
+    def __call__(self, clean, task, rng):
+        made = BadNets(target=self.target, poison_rate=0.02)(clean, task, rng)
+        {body}
+        return made
+"""
+LINE = 1 + OWN[: OWN.index("{body}")].count("\n")
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +140,95 @@ def test_a_module_in_the_working_folder_is_found(tmp_path: Path) -> None:
     assert main(["train", "--board", "data", "--attack", "here_for_test:Here", "--out", "set"]) == 0
     assert sys.path == before
     assert read_submission(tmp_path / "set.zip").open_seal().attack == "Here"
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module for an attack of one's own in the working folder, and another one that it may import."""
+    for name in ("own_for_test", "helper_for_test"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "helper_for_test.py").write_text("def first(of):\n    return of[0]\n")
+    return tmp_path / "own_for_test.py"
+
+
+@pytest.mark.parametrize("board", ["weights", "data"])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("raise NotImplementedError('not yet')", f"Mine raised NotImplementedError at own_for_test.py:{LINE}: not yet"),
+        ("raise ValueError('not so')", f"Mine raised ValueError at own_for_test.py:{LINE}: not so"),
+        ("torch.zeros(2) @ torch.zeros(3)", f"Mine raised RuntimeError at own_for_test.py:{LINE}: "),
+        ("made = BadNets(size='4')(clean, task, rng)", f"Mine raised TypeError at own_for_test.py:{LINE}: "),
+        ("import nowhere", f"Mine raised ModuleNotFoundError at own_for_test.py:{LINE}: No module named 'nowhere'"),
+        ("import helper_for_test as h; h.first([])", "Mine raised IndexError at helper_for_test.py:2: list index"),
+        ("raise SystemExit(1)", f"Mine raised SystemExit at own_for_test.py:{LINE}: 1"),
+        ("raise RuntimeError", f"Mine raised RuntimeError at own_for_test.py:{LINE}\n"),
+        ("return None", "Mine returned NoneType in place of molehunt.attacks.Poisoned"),
+        ("made.images.y[0] = 10", "Mine returned labels from 0 to 10, expected 0 to 9"),
+    ],
+)
+def test_what_goes_wrong_in_an_attack_of_ones_own_is_not_called_a_mistake_of_ours(
+    body: str, says: str, board: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.write_text(OWN.replace("{body}", body))
+    assert main(["train", "--board", board, "--attack", "own_for_test:Mine", "--out", "mine"]) == 3
+    said = capsys.readouterr().err
+    assert says in said
+    assert "mistake in Molehunt" not in said
+
+
+def test_an_attack_of_ones_own_that_cannot_be_made_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own.write_text(OWN.replace("target: int = 0", "target: int").replace("{body}", ""))
+    assert main(["train", "--attack", "own_for_test:Mine", "--out", "mine"]) == 3
+    assert "own_for_test:Mine cannot be made: TypeError: " in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_stays_one(
+    own: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise TypeError("ours")
+
+    own.write_text(OWN.replace("{body}", ""))
+    with monkeypatch.context() as patch:
+        patch.setattr(workshop, "write_training_set", fail)
+        assert main(["train", "--board", "data", "--attack", "own_for_test:Mine", "--out", "mine"]) == 70
+    monkeypatch.setattr(BadNets, "__call__", fail)
+    assert main(["train", "--board", "data", "--attack", "badnets", "--out", "other"]) == 70
+    assert capsys.readouterr().err.count("This is a mistake in Molehunt") == 2
+
+
+def test_an_attack_of_ones_own_may_import_when_it_is_called(own: Path) -> None:
+    own.write_text(OWN.replace("{body}", "import helper_for_test as h; h.first([1])"))
+    before = list(sys.path)
+    assert main(["train", "--board", "data", "--attack", "own_for_test:Mine", "--out", "mine"]) == 0
+    assert sys.path == before
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_training_with_changed_code_begins_anew_and_says_so(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "training-0123456789abcdef.safetensors").write_bytes(b"of other code")
+    own.write_text(OWN.replace("{body}", ""))
+    assert main(["train", "--attack", "own_for_test:Mine", "--out", "mine"]) == 0
+    assert "The unfinished training in mine has other settings or other code" in capsys.readouterr().err
+    assert main(["train", "--attack", "own_for_test:Mine", "--out", "mine", "--replace"]) == 0
+    assert "begins anew" not in capsys.readouterr().err
+
+
+def test_for_a_folder_the_next_command_names_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "two kinds" / kind).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 256, (16, 16), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "two kinds" / kind / f"{number}.png")
+    command = ["train", "--task", "folder:two kinds", "--board", "data", "--out", "my set"]
+    assert main([*command, "--attack", "badnets", "--set", "target=1"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    task = get_task("folder:two kinds")
+    words = shlex.split(line.removeprefix("next:"))
+    assert words == ["molehunt", "check", "my set", "--task", task.name]
+    assert read_submission(tmp_path / words[2], task=get_task(words[4])).board == "data"

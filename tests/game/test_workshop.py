@@ -1,5 +1,6 @@
 """The workshop: a plan becomes a submission that the host accepts, and an interruption changes nothing."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from molehunt.game import workshop
+from molehunt.attacks import ATTACKS
+from molehunt.game import attacker, workshop
 from molehunt.game.attacker import make_attack
 from molehunt.game.submission import read_submission
-from molehunt.game.workshop import Plan, holds_submission, make
+from molehunt.game.workshop import Plan, begins_anew, holds_submission, make
 from molehunt.tasks import TASKS, Task
 from molehunt.training import Recipe, recipe_for
 
@@ -190,6 +192,7 @@ def plug_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "mine_for_test.py"
     path.write_text(PLUG_IN)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine_for_test", raising=False)
     return path
 
 
@@ -206,6 +209,26 @@ def test_an_attack_of_one_s_own_is_taken_by_its_address(plug_in: Path, tmp_path:
     assert replace(plan).digest != before, "an interrupted training must not go on with other code"
     with pytest.raises(ValueError, match="Mine has no setting"):
         replace(plan, settings={"nope": 1})
+
+
+def test_an_installed_attack_is_another_one_when_its_code_changes(
+    plug_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = attacker.attack_class("mine_for_test:Mine")
+    monkeypatch.setattr(attacker, "available", lambda: {**ATTACKS, "mine": kind})
+    plan = Plan(task=TASK, attack="mine")
+    before = plan.digest
+    plug_in.write_text(PLUG_IN.replace("0.05", "0.06"))
+    assert replace(plan).digest != before
+
+
+def test_an_unfinished_training_of_another_plan_is_noticed(tmp_path: Path) -> None:
+    plan = Plan(task=TASK)
+    assert not begins_anew(plan, tmp_path / "nowhere")
+    (tmp_path / f"training-{plan.digest[:16]}.safetensors").touch()
+    assert not begins_anew(plan, tmp_path)
+    assert begins_anew(replace(plan, seed=1), tmp_path)
+    assert not begins_anew(replace(plan, seed=1, board="data"), tmp_path)
 
 
 def test_an_attack_whose_setting_would_hide_its_name_is_refused(plug_in: Path) -> None:

@@ -1,5 +1,6 @@
 """`molehunt train`: train a model, honest or backdoored, and write it as a submission."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,16 @@ def train(
                 seed=seed,
             )
         ensure(plan.task.name, console)
-        with watching(console) as watch, given((ValueError, FloatingPointError, OSError)):
+        if workshop.begins_anew(plan, out):
+            left = legible(str(out), 500)
+            text = f"The unfinished training in {left} has other settings or other code; this one begins anew."
+            console.print(text, soft_wrap=True)
+        # The attack may import when it is called, and its working folder is where it looks.
+        with (
+            watching(console) as watch,
+            given((ValueError, FloatingPointError, OSError)),
+            importing_from_here(),
+        ):
             trained = plan.board == "weights"
             done = f"Training {plan.manifest.network}" if trained else "Altering the training set"
             watch.stage(f"{done} for {plan.task.name}", 1)
@@ -98,5 +108,8 @@ def train(
         )
     shown.print(f"submission: {legible(str(made.folder), 500)}", soft_wrap=True)
     shown.print(f"to hand in: {legible(str(made.archive), 500)}", soft_wrap=True)
-    shown.print(f"next:       molehunt check {legible(str(made.folder), 500)}", soft_wrap=True)
+    words = ["molehunt", "check", str(made.folder)]
+    if plan.task.name.startswith("folder:"):
+        words += ["--task", plan.task.name]  # a manifest opens no paths
+    shown.print(f"next:       {legible(shlex.join(words), 1000)}", soft_wrap=True)
     return DONE

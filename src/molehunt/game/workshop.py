@@ -1,17 +1,19 @@
 """What a team does at home: train a model or alter a training set, hide something in it or not, and submit it."""
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
-from molehunt.attacks import Attack
+from molehunt.attacks import ATTACKS, Attack, Poisoned
+from molehunt.game import code
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import Report, make_attack, sealed, train_model
 from molehunt.game.manifest import Manifest
@@ -21,8 +23,9 @@ from molehunt.game.submission import MANIFEST, pack, write_submission, write_tra
 from molehunt.game.training_set import Changes, TrainingSet
 from molehunt.networks import NETWORKS
 from molehunt.runner import generator
-from molehunt.tasks import Task
+from molehunt.tasks import Images, Task
 from molehunt.training import Recipe, recipe_for
+from molehunt.triggers import Target, Trigger
 
 HONEST = "none"
 """The attack of an honest team."""
@@ -44,8 +47,8 @@ class Plan:
         seed: from 0 to 2**64 - 1; draws poison, weights and the order of the data.
 
     Raises:
-        ValueError: an unknown name, settings that the attack does not have, a team's name that a manifest refuses, or
-            a recipe on the data board, where the host trains by its own.
+        ValueError: an unknown name, settings that the attack does not have, an attack of one's own that raises, a
+            team's name that a manifest refuses, or a recipe on the data board, where the host trains by its own.
     """
 
     task: Task
@@ -94,16 +97,29 @@ class Plan:
     @cached_property
     def hidden(self) -> Attack | None:
         """What is hidden in it; None for nothing."""
-        return None if self.attack == HONEST else make_attack(self.attack, self.settings)
+        if self.attack == HONEST:
+            return None
+        try:
+            return make_attack(self.attack, self.settings)
+        except ValueError:
+            raise
+        except Exception as error:
+            if self.attack in ATTACKS:
+                raise
+            # Its class, or its package, may raise anything, such as for a setting that has no default.
+            raise ValueError(f"{self.attack} cannot be made: {type(error).__name__}: {error}") from error
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Names all that decides the weights, but for the pictures themselves."""
+        """Names all that decides the weights, but for the pictures themselves.
+
+        The code of an attack that does not come with Molehunt counts: changed, it is another attack, and a training
+        must not go on.
+        """
         told = [self.task.name, self.manifest.network, self.training.to_json(), self.attack, dict(self.settings)]
         digest = hashlib.sha256(json.dumps([*told, self.seed], sort_keys=True).encode())
-        if self.hidden is not None and ":" in self.attack:
-            # A plug-in under development: with other code it is another attack, and a training must not go on.
-            digest.update(Path(inspect.getfile(type(self.hidden))).read_bytes())
+        if self.hidden is not None:
+            digest.update(code.digest(type(self.hidden)).encode())
         return digest.hexdigest()
 
 
@@ -131,6 +147,15 @@ def holds_submission(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def begins_anew(plan: Plan, folder: Path) -> bool:
+    """Whether a folder holds an unfinished training of other settings or other code, with which `make` does not go on.
+
+    On the data board nothing is trained, so there it never does.
+    """
+    left = [path.name for path in folder.glob("training-*.safetensors")]
+    return plan.board == "weights" and bool(left) and _state(plan, folder).name not in left
+
+
 def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Callable[[], None] | None = None) -> Made:
     """Train a model by a plan and write its submission: a folder, and the archive beside it.
 
@@ -146,22 +171,31 @@ def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Calla
         check: called often; raises to stop.
 
     Raises:
-        ValueError: the attack does not fit the data.
+        ValueError: the attack does not fit the data; an attack of one's own raised, whatever it was, or answered with
+            what is no poisoned training set.
         FloatingPointError: the training diverged.
         DataError: the data could not be had.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if plan.board == "data":
-        return _alter(plan, folder)
-    state = folder / f"training-{plan.digest[:16]}.safetensors"
+    with _blaming(plan.hidden):
+        return _alter(plan, folder) if plan.board == "data" else _train(plan, folder, report, check)
+
+
+def _state(plan: Plan, folder: Path) -> Path:
+    """Where an unfinished training is kept."""
+    return folder / f"training-{plan.digest[:16]}.safetensors"
+
+
+def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], None] | None) -> Made:
+    """Train the model of a plan and write it; see `make`."""
     model, poisoned = train_model(
         plan.task,
         plan.manifest.network,
         plan.training,
-        plan.hidden,
+        None if plan.hidden is None else _Within(plan.hidden),
         rng=generator(plan.seed, f"train {plan.task.name} {plan.manifest.network}"),
         report=report,
-        checkpoint=state,
+        checkpoint=_state(plan, folder),
         check=check,
     )
     images = plan.task.load("validation")
@@ -180,8 +214,58 @@ def _alter(plan: Plan, folder: Path) -> Made:
     """Write the training set of a plan; see `make`."""
     clean = plan.task.load("train")
     rng = generator(plan.seed, f"alter {plan.task.name}")
-    poisoned = None if plan.hidden is None else plan.hidden(clean, plan.task, rng)
+    poisoned = None if plan.hidden is None else _Within(plan.hidden)(clean, plan.task, rng)
     training = TrainingSet.of(poisoned, clean, rng)
     hidden = sealed(plan.hidden, poisoned, seed=plan.seed)
     write_training_set(folder, training, plan.manifest, hidden, task=plan.task)
     return Made(folder=folder, archive=pack(folder, task=plan.task), changes=training.changes(clean))
+
+
+@dataclass(frozen=True)
+class _Within:
+    """An attack whose answer is looked at: else its faults would come out in the midst of a training."""
+
+    attack: Attack
+
+    def __call__(self, clean: Images, task: Task, rng: torch.Generator) -> Poisoned:
+        poisoned = self.attack(clean, task, rng)
+        if (problem := _problem(poisoned, task)) is not None:
+            name = type(self.attack).__name__
+            raise ValueError(f"{name} returned {problem}; molehunt.testing.check_attack tells what an attack must do")
+        return poisoned
+
+
+@contextmanager
+def _blaming(attack: Attack | None) -> Iterator[None]:
+    """Say where in an attack of one's own an error arose. What did not come through its code is not its mistake."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        place = None if attack is None else code.line_of(error, type(attack))
+        if place is None:
+            raise
+        said = f": {error}" if str(error) else ""
+        raise ValueError(f"{type(attack).__name__} raised {type(error).__name__} at {place}{said}") from error
+
+
+def _problem(made: object, task: Task) -> str | None:
+    """What keeps an attack's answer from being a poisoned training set of a task; None for nothing.
+
+    Raises:
+        ValueError: its target is none of the task's classes.
+    """
+    if not isinstance(made, Poisoned):
+        return f"{type(made).__name__} in place of molehunt.attacks.Poisoned"
+    (x, y), altered = made.images, made.altered
+    if not (x.is_floating_point() and tuple(x.shape[1:]) == task.shape):
+        return f"pictures {x.dtype} {tuple(x.shape)}, expected floats (N, {', '.join(map(str, task.shape))})"
+    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
+        return f"labels {y.dtype} {tuple(y.shape)}, expected int64 ({len(x)},)"
+    if altered.dtype != torch.bool or altered.shape != x.shape[:1]:
+        return f"`altered` {altered.dtype} {tuple(altered.shape)}, expected bool ({len(x)},)"
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < task.num_classes:
+        return f"labels from {int(y.min())} to {int(y.max())}, expected 0 to {task.num_classes - 1}"
+    if not (isinstance(made.trigger, Trigger) and isinstance(made.target, Target)):
+        return "a trigger or a target that is none of molehunt.triggers"
+    made.target.check(task.num_classes)
+    return None
