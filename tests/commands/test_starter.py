@@ -12,7 +12,10 @@ from pathlib import Path
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from commands.conftest import HURRIED
 from molehunt import training
@@ -21,7 +24,7 @@ from molehunt.game import check as home
 from molehunt.game.rules import ROUNDS, Limits
 from molehunt.game.submission import read_submission
 from molehunt.starter import FILES, write
-from molehunt.tasks import TASKS
+from molehunt.tasks import TASKS, get_task
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "play" / "tutorial.md"
 TASK = TASKS["mnist5k"]
@@ -61,6 +64,36 @@ def test_a_kit_for_cifar10_is_right_without_training(tmp_path: Path, capsys: pyt
             compile(cell.source, "cell", "exec")
     assert "--task cifar10" in files["README.md"]
     assert len(files["README.md"].splitlines()) < 60, "one page"
+
+
+def test_a_kit_for_a_folder_of_two_classes_can_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "two kinds" / kind).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 256, (16, 16), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "two kinds" / kind / f"{number}.png")
+    task, folder = get_task(f"folder:{tmp_path / 'two kinds'}"), tmp_path / "my kit"
+    assert main(["starter", "--task", task.name, "--out", str(folder)]) == 0
+    assert f"next: cd '{folder}'" in capsys.readouterr().out
+
+    text = (folder / "README.md").read_text()
+    told = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("molehunt ")]
+    assert [words[1] for words in told] == ["check", "check", "train", "check"]
+    assert all(words[words.index("--task") + 1] == task.name for words in told), "a manifest opens no paths"
+    assert "pip install pytest" in text
+
+    attack = runpy.run_path(str(folder / "attack.py"))["ATTACK"]
+    assert bool(attack(task.load("train"), task, torch.Generator().manual_seed(0)).altered.any())
+    assert "BadNets(target=1," in (folder / "attack.ipynb").read_text()
+
+    monkeypatch.chdir(folder / "my_attack")
+    monkeypatch.delitem(sys.modules, "my_attack", raising=False)
+    assert main(told[2][1:]) == 3
+    assert "MyAttack raised NotImplementedError at my_attack.py:" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "my_attack", raising=False)
 
 
 def test_the_rules_are_the_programs_own(tmp_path: Path) -> None:
@@ -124,6 +157,7 @@ def follow(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, exact:
             command, _, wanted = line.partition("# exit code ")
             commands.append(command.strip())
             words = shlex.split(command)
+            wanted, _, shown = wanted.partition(": ")
             expected = int(wanted) if wanted else 0
             code = 0
             if words[0] == "cd":
@@ -133,7 +167,14 @@ def follow(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, exact:
                 code = main(words[1:])
             elif words[:3] == ["python", "-m", "pytest"]:
                 plain = ["-c", "/dev/null", "--rootdir=.", "-p", "no:cacheprovider", "-q"]
-                code = subprocess.run([sys.executable, *words[1:], *plain], cwd=here, check=False).returncode
+                done = subprocess.run(
+                    [sys.executable, *words[1:], *plain], cwd=here, check=False, capture_output=True, text=True
+                )
+                assert shown, "without pytest the exit code is the same: the page has to say what else is seen"
+                assert shown in done.stdout
+                code = done.returncode
+            elif words[:2] == ["pip", "install"]:
+                assert words[2:] == ["pytest"], "it is here"
             else:
                 assert words[0] == "python", f"the test does not know {line!r}"
                 runpy.run_path(str(here / words[1]), run_name="__main__")
@@ -148,9 +189,8 @@ def test_the_tutorial_can_be_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     commands = follow(TUTORIAL.read_text(), tmp_path, monkeypatch, exact=False)
-    assert len(commands) == 12
+    assert len(commands) == 13
     said = capfd.readouterr().out
-    assert "MyAttack is not written yet" in said, "the test of the template says what is missing"
     assert "Dress rehearsal of round III" in said
     assert read_submission(tmp_path / "kit" / "my_attack" / "mine.zip").open_seal().attack == "MyAttack"
     assert read_submission(tmp_path / "kit" / "my_attack" / "set.zip").board == "data"

@@ -1,5 +1,6 @@
 """`molehunt starter`: the files with which a student begins."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -27,5 +28,5 @@ def starter(
     shown = consoles.result()
     for path in written:
         shown.print(legible(str(path), 500), soft_wrap=True)
-    shown.print(f"next: cd {legible(str(out), 500)} and read README.md", soft_wrap=True)
+    shown.print(f"next: cd {legible(shlex.quote(str(out)), 500)} and read README.md", soft_wrap=True)
     return DONE

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -58,6 +59,7 @@ def render(name: str, task: Task) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     environment.filters["quoted"] = lambda text: json.dumps(str(text))
+    environment.filters["shell"] = lambda text: shlex.quote(str(text))
     source = "attack.ipynb.md" if name == "attack.ipynb" else name
     template = files("molehunt.starter").joinpath("templates", f"{source}.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(**_facts(task))
@@ -88,6 +90,9 @@ def _facts(task: Task) -> dict[str, Any]:
     limits = Limits()
     return {
         "task": task,
+        # A manifest opens no paths, so `check` has to be told where the pictures are.
+        "option": f" --task {shlex.quote(task.name)}" if task.name.startswith("folder:") else "",
+        "target": min(3, task.num_classes - 1),
         "shape": "x".join(map(str, task.shape)),
         "rounds": [
             {
