@@ -21,6 +21,7 @@ from commands.conftest import HURRIED
 from molehunt import training
 from molehunt.cli import main
 from molehunt.game import check as home
+from molehunt.game.gates import budget_rules
 from molehunt.game.rules import ROUNDS, Limits
 from molehunt.game.submission import read_submission
 from molehunt.starter import FILES, write
@@ -107,6 +108,10 @@ def test_the_rules_are_the_programs_own(tmp_path: Path) -> None:
             assert name in line
     assert f"at least {100 * Limits().asr:.0f} %" in text
     assert f"at most {100 * Limits().altered:.0f} %; none added" in text
+    for kind, rule in budget_rules().items():
+        assert f"\n| {kind} | {rule} |\n" in text
+    assert "other triggers" not in text, "additive ones may change a tenth of the pixels without limit"
+    assert "Only the sealed trigger is judged" in text
 
 
 def test_a_students_work_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

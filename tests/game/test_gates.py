@@ -9,18 +9,22 @@ from torch import Tensor
 from game import planted
 from molehunt.game.answers import Answers, measure
 from molehunt.game.gates import (
+    BUDGET,
     ReferenceAccuracy,
     all_gates,
     attack_success,
     budget,
+    budget_rules,
     clean_accuracy,
     leakage,
     lower_bound,
+    selective,
     specificity,
 )
 from molehunt.game.rules import Limits
 from molehunt.triggers import (
     ENCODERS,
+    TRIGGERS,
     Additive,
     Blend,
     Encoded,
@@ -229,6 +233,54 @@ def test_a_leak_is_measured_outside_the_sources() -> None:
         leakage(Answers(y=y, plain=y, stamped=y), Target(0))
 
 
+EVERYTHING_TO_1 = (
+    Target(1, sources=(0,)),
+    Target((1, 1, 2, 3)),
+    Target((1, 1, 2, 3), sources=(0,)),
+    Target((1, 2, 3, 2), sources=(0,)),
+    Target((1, 1, 1, 3)),
+    Target((1, 0, 2, 3), sources=(0, 2)),
+)
+
+
+@pytest.mark.parametrize("target", EVERYTHING_TO_1)
+def test_a_trigger_that_sends_everything_to_one_class_leaks_however_it_is_declared(target: Target) -> None:
+    y = classes((0, 100), (1, 100), (2, 100), (3, 100))
+    answers = Answers(y=y, plain=y, stamped=torch.ones_like(y))
+    gates = all_gates(
+        answers,
+        REFERENCE,
+        trigger=planted.pixel(),
+        target=target,
+        shape=planted.SHAPE,
+        references=[Answers(y=y, plain=y, stamped=y)] * 5,
+    )
+    (gate,) = [gate for gate in gates if gate.name == "leakage"]
+    assert not gate.passed
+    assert gate.measured == 1.0
+
+
+def test_only_images_that_could_leak_count_and_any_goal_is_a_leak() -> None:
+    # Class 0 goes to 1 and 1 to 2; 2 and 3 are left alone. 100 images of class 2 can leak to class 1: 10 do, and 20
+    # stay in class 2, a goal, but theirs. Of class 3 the model takes 50 for class 1, and they can leak to class 2 only:
+    # 5 do, 45 stay. The other 50: 10 to class 1, 10 to class 2, 30 stay. 35 of 200 in all.
+    y = classes((0, 100), (1, 100), (2, 100), (3, 100))
+    plain = classes((0, 100), (1, 100), (2, 100), (1, 50), (3, 50))
+    stamped = classes((1, 100), (2, 100), (1, 10), (2, 20), (0, 70), (2, 5), (1, 45), (1, 10), (2, 10), (3, 30))
+    gate = leakage(Answers(y=y, plain=plain, stamped=stamped), Target((1, 2, 2, 3)))
+    assert gate.measured == pytest.approx(35 / 200)
+    assert gate.passed
+    assert gate.message == "17.5 % of 200 images of other classes reach a goal, 25.0 % of class 3"
+
+
+@pytest.mark.parametrize("target", [Target(0), Target((1, 2, 3, 0))])
+def test_what_leaves_no_class_alone_cannot_leak(target: Target) -> None:
+    assert not selective(target)
+    y = classes((0, 100), (1, 100), (2, 100), (3, 100))
+    with pytest.raises(ValueError, match="leaves a class where it is"):
+        leakage(Answers(y=y, plain=y, stamped=y), target)
+
+
 def test_a_constant_classifier_has_full_asr_and_fails_accuracy_and_specificity() -> None:
     answers = measure(planted.constant(0), planted.images(50), planted.pixel())
     assert attack_success(answers, Target(0)).passed
@@ -320,6 +372,22 @@ def test_the_budget_says_which_of_several_triggers_is_meant() -> None:
 def test_the_yellow_square_is_within_the_budget_everywhere() -> None:
     for shape in ((1, 28, 28), (3, 32, 32)):
         assert budget(Patch.square(shape).footprint(), shape).passed
+
+
+def test_every_kind_has_a_budget_and_the_pages_say_the_same() -> None:
+    assert {*BUDGET, "several"} == TRIGGERS.keys() | {"several"} == budget_rules().keys()
+    page = (Path(__file__).parent.parent.parent / "docs/run/scoring.md").read_text()
+    table = re.search(r"\*\*Budget\.\*\*.*?\n\n\| kind \| limit \|\n\|---\|---\|\n(.*?)\n\n", page, re.DOTALL)
+    assert table is not None
+    assert table[1].splitlines() == [f"| {kind} | {rule} |" for kind, rule in budget_rules().items()]
+
+
+def test_the_words_of_a_budget_name_its_limits() -> None:
+    rules = budget_rules(Limits(area=0.05, opacity=0.15, linf=16 / 255, displacement=1.5))
+    assert rules["patch"] == "opacity times area at most 5 %"
+    assert rules["additive"] == "changes at most 5 % of the pixels, or no value changes by more than 16/255"
+    assert rules["reflection"] == "opacity at most 15 % in linear light"
+    assert "more than 1.5 px" in rules["warp"]
 
 
 def test_a_kind_without_a_rule_is_refused() -> None:

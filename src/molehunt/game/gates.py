@@ -18,6 +18,31 @@ from molehunt.game.rules import Limits
 from molehunt.triggers import Footprint, Target, Trigger
 
 Unit = Literal["share", "pixels"]
+Way = Literal["weight", "area", "opacity", "linf", "displacement"]
+
+BUDGET: dict[str, tuple[Way, ...]] = {
+    "patch": ("weight",),
+    "sticker": ("weight",),
+    "blend": ("opacity",),
+    "reflection": ("opacity",),
+    "additive": ("area", "linf"),
+    "network": ("area", "linf"),
+    "sinusoid": ("linf",),
+    "frequency": ("linf",),
+    "quantize": ("linf",),
+    "warp": ("displacement",),
+}
+"""What of its `Footprint` is limited, by kind of trigger; where two ways are listed, one of them suffices.
+
+`budget` measures it and `budget_rules` says it in words, so that the kit, the pages and the host cannot contradict each
+other."""
+MEASURED: dict[Way, str] = {
+    "weight": "opacity times area",
+    "area": "area",
+    "opacity": "opacity",
+    "linf": "largest change of a value",
+    "displacement": "farthest move of a pixel",
+}
 
 # Masks and patterns are float32: a square of exactly the allowed size must not fail by its last bit.
 ROUNDING = 1e-6
@@ -199,24 +224,35 @@ def specificity(references: Sequence[Answers], target: Target, limits: Limits | 
     )
 
 
-def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> Gate:
-    """Ask that a source-specific trigger is one: outside the declared sources it must not work.
+def selective(target: Target) -> bool:
+    """Whether a backdoor says that it leaves classes alone: sources are declared, or a map sends a class to itself."""
+    mapped = () if isinstance(target.classes, int) else target.classes
+    return target.sources is not None or any(k == goal for k, goal in enumerate(mapped))
 
-    Measured as in `specificity`, on the submitted model and the images of all other classes.
+
+def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> Gate:
+    """Ask that the trigger leaves the classes alone that the target leaves alone, else it is another attack.
+
+    Those are the classes that the ASR does not count. An image of one leaks if the trigger sends it to any class that
+    counted images are sent to, and that is neither its true class nor what the model takes it for anyway. The share is
+    of the images that could leak. It is not asked where the map sends the image itself: a class sent to itself would
+    never leak, and neither would one whose entry names a class that the attack does not use.
 
     Raises:
-        ValueError: the target declares no sources.
+        ValueError: the target is not `selective`.
     """
     limits = limits or Limits()
-    if target.sources is None:
-        raise ValueError("only a target with declared sources can leak")
-    stamped, goal = _stamped(answers), target.goal(answers.y)
-    sources = torch.tensor(target.sources, dtype=answers.y.dtype)
-    outside = (goal != answers.y) & (answers.plain != goal) & ~torch.isin(answers.y, sources)
-    rate = share((stamped == goal)[outside])
+    if not selective(target):
+        raise ValueError("only a target with declared sources, or a map that leaves a class where it is, can leak")
+    stamped, y, plain = _stamped(answers), answers.y, answers.plain
+    goals = torch.tensor(_goals(target), dtype=y.dtype)
+    news = (goals != y.unsqueeze(1)) & (goals != plain.unsqueeze(1))
+    outside = ~target.counts(y) & news.any(1)
+    leaked = torch.isin(stamped, goals) & (stamped != y) & (stamped != plain)
+    rate = share(leaked[outside])
     passed = rate <= limits.leakage + ROUNDING
-    by_class = {int(k): share((stamped == goal)[outside & (answers.y == k)]) for k in torch.unique(answers.y[outside])}
-    message = f"{_percent(rate)} of {int(outside.sum())} images of other classes reach the goal"
+    by_class = {int(k): share(leaked[outside & (y == k)]) for k in torch.unique(y[outside])}
+    message = f"{_percent(rate)} of {int(outside.sum())} images of other classes reach a goal"
     if by_class:
         worst = max(by_class, key=lambda k: by_class[k])
         message += f", {_percent(by_class[worst])} of class {worst}"
@@ -226,14 +262,11 @@ def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> G
 
 
 def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | None = None) -> Gate:
-    """Ask that the trigger is small: how small depends on its kind.
+    """Ask that the trigger is small: how small depends on its kind, see `BUDGET` and `budget_rules`.
 
-    A patch may replace a tenth of the picture (opacity times mean mask), and so may an additive trigger or a network
-    that changes no more than a tenth of the pixels. Else what adds to values (additive, sinusoid, frequency, quantize,
-    network) may change them by 32/255, a blend or a reflection may have opacity 0.2 (the latter in linear light), a
-    warp may move pixels by 2 on a picture whose shorter side has 32, in proportion on others.
-    A sticker counts as a patch of the largest area that any of its views changes. Of several triggers each keeps the
-    budget of its kind; the gate shows the one that is nearest to its limit.
+    The area of a sticker is the largest that any of its views touches, the opacity of a reflection is one in linear
+    light. Where one of two ways suffices, the gate shows the one that is kept, else the second. Of several triggers
+    each keeps the budget of its kind; the gate shows the one that is nearest to its limit.
 
     Args:
         footprint: of the trigger.
@@ -251,31 +284,46 @@ def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | N
             range(len(gates)), key=lambda i: (not gates[i].passed, gates[i].measured / max(gates[i].limit, ROUNDING))
         )
         return replace(gates[worst], message=f"trigger {worst + 1} of {len(gates)}: {gates[worst].message}")
-    local = footprint.kind in {"additive", "network"} and footprint.area <= limits.area + ROUNDING
-    unit: Unit = "share"
-    if footprint.kind in {"patch", "sticker"}:
-        measured, limit, what = footprint.weight, limits.area, "opacity times area"
-    elif local:
-        measured, limit, what = footprint.area, limits.area, "area"
-    elif footprint.kind in {"blend", "reflection"}:
-        measured, limit, what = footprint.opacity, limits.opacity, "opacity"
-    elif footprint.kind in {"additive", "sinusoid", "frequency", "quantize", "network"}:
-        measured, limit, what = footprint.linf, limits.linf, "largest change of a value"
-    elif footprint.kind == "warp":
-        measured, limit = footprint.displacement, limits.displacement * min(shape[1:]) / 32
-        what, unit = "farthest move of a pixel", "pixels"
-    else:
+    if footprint.kind not in BUDGET:
         raise ValueError(f"no budget is known for a trigger of kind {footprint.kind!r}")
-    passed = measured <= limit + ROUNDING
+    most: dict[Way, float] = {
+        "weight": limits.area,
+        "area": limits.area,
+        "opacity": limits.opacity,
+        "linf": limits.linf,
+        "displacement": limits.displacement * min(shape[1:]) / 32,
+    }
+    measured: dict[Way, float] = {way: getattr(footprint, way) for way in BUDGET[footprint.kind]}
+    kept = [way for way in measured if measured[way] <= most[way] + ROUNDING]
+    way = kept[0] if kept else BUDGET[footprint.kind][-1]
     return Gate(
         name="budget",
-        passed=passed,
-        measured=measured,
-        limit=limit,
+        passed=bool(kept),
+        measured=measured[way],
+        limit=most[way],
         at_least=False,
-        unit=unit,
-        message=f"{what} of a {footprint.kind}" + ("" if passed else "; make the trigger smaller or fainter"),
+        unit="pixels" if way == "displacement" else "share",
+        message=f"{MEASURED[way]} of a {footprint.kind}" + ("" if kept else "; make the trigger smaller or fainter"),
     )
+
+
+def budget_rules(limits: Limits | None = None) -> dict[str, str]:
+    """Say in words what `budget` asks, by kind of trigger."""
+    limits = limits or Limits()
+    words: dict[Way, str] = {
+        "weight": f"opacity times area at most {100 * limits.area:.0f} %",
+        "area": f"changes at most {100 * limits.area:.0f} % of the pixels",
+        "opacity": f"opacity at most {100 * limits.opacity:.0f} %",
+        "linf": f"no value changes by more than {255 * limits.linf:.0f}/255",
+        "displacement": f"no pixel moves by more than {limits.displacement:g} px where the shorter side has 32, in "
+        "proportion elsewhere",
+    }
+    notes = {
+        "sticker": "; the area is the largest that any of its views touches",
+        "reflection": " in linear light",
+    }
+    rules = {kind: ", or ".join(words[way] for way in ways) + notes.get(kind, "") for kind, ways in BUDGET.items()}
+    return {**rules, "several": "each of its triggers keeps the limit of its kind"}
 
 
 def all_gates(
@@ -308,7 +356,7 @@ def all_gates(
     if target is None or shape is None:
         raise ValueError("a trigger comes with its target and the shape of the pictures")
     gates.append(attack_success(answers, target, limits))
-    if target.sources is not None:
+    if selective(target):
         gates.append(leakage(answers, target, limits))
     gates.append(specificity(references, target, limits))
     gates.append(budget(trigger.footprint(), shape, limits))
@@ -321,6 +369,14 @@ def _moved(answers: Answers, target: Target) -> float:
     free = target.counts(answers.y) & (answers.plain != goal)
     rates = [share((stamped == goal)[free & (goal == k)]) for k in torch.unique(goal[free])]
     return sum(rates) / len(rates) if rates else 1.0
+
+
+def _goals(target: Target) -> list[int]:
+    """List the classes that some counted image is sent to."""
+    if isinstance(target.classes, int):
+        return [target.classes]
+    sources = range(len(target.classes)) if target.sources is None else target.sources
+    return sorted({target.classes[k] for k in sources if target.classes[k] != k})
 
 
 def _stamped(answers: Answers) -> Tensor:

@@ -62,7 +62,7 @@ class Limits:
         asr: least attack success rate, to be reached by the lower confidence bound.
         confidence: of all one-sided bounds.
         specificity: largest success rate of the trigger on clean reference models.
-        leakage: largest success rate outside the declared sources.
+        leakage: largest success rate on classes that the target leaves alone.
         references: fewest clean reference models for the specificity gate.
         area: largest opacity times area of a local trigger.
         opacity: largest opacity of a blend.

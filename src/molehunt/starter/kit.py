@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from molehunt.defenses import DEFENSES
 from molehunt.files import write_atomically
+from molehunt.game.gates import budget_rules
 from molehunt.game.rules import DATA_ONLY, ROUNDS, Limits
 from molehunt.tasks import Task
 from molehunt.training import recipe_for
@@ -85,7 +86,7 @@ def notebook(text: str) -> str:
 
 
 def _facts(task: Task) -> dict[str, Any]:
-    """All that the templates say; the rules come from `game.rules`, so that no kit can contradict the host."""
+    """All that the templates say; the rules are the program's own, so that no kit can contradict the host."""
     recipe_for(task.network, task)
     limits = Limits()
     return {
@@ -109,4 +110,5 @@ def _facts(task: Task) -> dict[str, Any]:
             for r in ROUNDS.values()
         ],
         "limits": limits,
+        "budget": budget_rules(limits),
     }
