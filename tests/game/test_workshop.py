@@ -11,6 +11,7 @@ import torch
 from molehunt.attacks import ATTACKS
 from molehunt.game import attacker, workshop
 from molehunt.game.attacker import make_attack
+from molehunt.game.rules import Board
 from molehunt.game.submission import read_submission
 from molehunt.game.workshop import Plan, begins_anew, holds_submission, make
 from molehunt.tasks import TASKS, Task
@@ -168,6 +169,43 @@ def test_a_set_over_the_budget_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at most 350 may be altered: lower its rates"):
         make(Plan(task=TASK, board="data", attack="badnets", settings={"poison_rate": 0.11}), tmp_path / "mine")
     assert not holds_submission(tmp_path / "mine")
+
+
+FURTHER = """
+from dataclasses import dataclass
+
+from molehunt.attacks import MultiTrigger
+from molehunt.triggers import Patch
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Second:
+    size: int = 4
+
+    def __call__(self, clean, task, rng):
+        small = Patch.square(task.shape, size=3, color="white", corner="upper left")
+        second = Patch.square(task.shape, size=self.size, color="white")
+        return MultiTrigger(target=(1, 2), triggers=(small, second), poison_rate=0.05)(clean, task, rng)
+"""
+
+
+@pytest.mark.parametrize("board", ["weights", "data"])
+def test_a_further_trigger_over_the_budget_is_refused_before_anything_is_trained(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 8 x 8 of 28 x 28 is 8.2 %, 9 x 9 is 10.3 %.
+    (tmp_path / "further_for_test.py").write_text(FURTHER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    steps: list[None] = []
+    plan = Plan(task=TASK, board=board, attack="further_for_test:Second", settings={"size": 9})
+    with pytest.raises(
+        ValueError, match=r"further trigger 1 of 1 is over the budget.*: 0\.103, at most 0\.100, opacity times area"
+    ):
+        make(plan, tmp_path / "large", check=lambda: steps.append(None))
+    assert not steps
+    assert not holds_submission(tmp_path / "large")
+    small = make(replace(plan, settings={"size": 8}), tmp_path / "small")
+    assert read_submission(small.archive).open_seal().attack == "Second"
 
 
 PLUG_IN = """

@@ -16,6 +16,7 @@ from molehunt.attacks import ATTACKS, Attack, Poisoned
 from molehunt.game import code
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import Report, make_attack, sealed, train_model
+from molehunt.game.gates import budget
 from molehunt.game.manifest import Manifest
 from molehunt.game.rules import BOARDS, Board, get_round
 from molehunt.game.seal import first_problem
@@ -171,8 +172,8 @@ def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Calla
         check: called often; raises to stop.
 
     Raises:
-        ValueError: the attack does not fit the data; an attack of one's own raised, whatever it was, or answered with
-            what is no poisoned training set.
+        ValueError: the attack does not fit the data, or hides a further trigger that is over the budget; an attack of
+            one's own raised, whatever it was, or answered with what is no poisoned training set.
         FloatingPointError: the training diverged.
         DataError: the data could not be had.
     """
@@ -223,7 +224,10 @@ def _alter(plan: Plan, folder: Path) -> Made:
 
 @dataclass(frozen=True)
 class _Within:
-    """An attack whose answer is looked at: else its faults would come out in the midst of a training."""
+    """An attack whose answer is looked at: else its faults would come out in the midst of a training.
+
+    Of further triggers the rules ask what the gate asks of the sealed one. They are in no seal: nobody can ask later.
+    """
 
     attack: Attack
 
@@ -232,6 +236,13 @@ class _Within:
         if (problem := _problem(poisoned, task)) is not None:
             name = type(self.attack).__name__
             raise ValueError(f"{name} returned {problem}; molehunt.testing.check_attack tells what an attack must do")
+        for number, (trigger, _) in enumerate(poisoned.further, start=1):
+            gate = budget(trigger.footprint(), task.shape)
+            if not gate.passed:
+                raise ValueError(
+                    f"further trigger {number} of {len(poisoned.further)} is over the budget, which holds for every "
+                    f"trigger: {gate.measured:.3f}, at most {gate.limit:.3f}, {gate.message}"
+                )
         return poisoned
 
 
