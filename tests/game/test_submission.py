@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from game.tricks import Trick, all_archives, archives, honest, parameters, torch
 from molehunt import networks
 from molehunt.attacks import BadNets
 from molehunt.game import seal, submission
+from molehunt.game.rules import Board
 from molehunt.game.seal import Sealed
 from molehunt.game.submission import (
     Manifest,
@@ -254,6 +256,20 @@ class TestDataBoard:
         with pytest.raises(SubmissionError, match="for the weights board, the game is on the data board"):
             ingest(pack(folder), *stores, board="data")
         assert not stores[0].exists()
+
+    def test_a_submission_for_another_round_or_network_is_refused(
+        self, handed: Path, folder: Path, tmp_path: Path
+    ) -> None:
+        stores = tmp_path / "store", tmp_path / "sealed"
+        boards: list[tuple[Path, Board]] = [(pack(handed), "data"), (pack(folder), "weights")]
+        for path, board in boards:
+            with pytest.raises(SubmissionError, match=f"for round '{honest.MANIFEST.round}', this is round 'IV'"):
+                ingest(path, *stores, board=board, round_="IV")
+            with pytest.raises(SubmissionError, match=f"unknown network '{honest.NETWORK}'; accepted here: lenet5"):
+                ingest(path, *stores, board=board, allowed_networks=["lenet5"])
+            assert not stores[0].exists()
+            ingest(path, *stores, board=board, round_=honest.MANIFEST.round, allowed_networks=[honest.NETWORK])
+            shutil.rmtree(stores[0])
 
     def test_it_holds_no_model_and_replaces_one(self, handed: Path) -> None:
         contents = read_submission(handed)

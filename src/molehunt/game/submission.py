@@ -27,6 +27,7 @@ from molehunt.game.manifest import Manifest as Manifest
 from molehunt.game.rules import Board
 from molehunt.game.seal import Sealed
 from molehunt.game.training_set import TrainingSet
+from molehunt.strict_json import show
 from molehunt.tasks import Task
 from molehunt.tensor_file import encode
 
@@ -161,6 +162,7 @@ def ingest(
     board: Board = "weights",
     task: Task | None = None,
     allowed_networks: Collection[str] | None = None,
+    round_: str | None = None,
 ) -> Submission:
     """Check a stranger's archive and split it: weights or training set into one store, the sealed part into another.
 
@@ -175,7 +177,8 @@ def ingest(
         sealed_store: folder of sealed parts, ``COMMITMENT.sealed``; made for its owner's eyes only.
         board: what is played; a submission for the other board is refused.
         task: as in `read_submission`; a host gives the task of the round.
-        allowed_networks: as in `read_submission`.
+        allowed_networks: as in `read_submission`; a host gives the network of the game.
+        round_: name of the round that is played; a submission for another one is refused. None takes any.
 
     Returns:
         What goes into the books.
@@ -186,6 +189,10 @@ def ingest(
     contents = read_submission(path, task=task, allowed_networks=allowed_networks)
     if contents.board != board:
         raise SubmissionError(f"this is a submission for the {contents.board} board, the game is on the {board} board")
+    if round_ is not None and contents.manifest.round != round_:
+        raise SubmissionError(
+            f"{MANIFEST}: the submission is for round {show(contents.manifest.round)}, this is round {show(round_)}"
+        )
     if contents.training is None:
         contents.model()
     contents.open_seal()
