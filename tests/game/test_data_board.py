@@ -13,10 +13,12 @@ from molehunt import runner
 from molehunt.defenses import Defense
 from molehunt.engine import Local, Run
 from molehunt.findings import Abstention, Finding, Outcome
-from molehunt.game import entries
+from molehunt.game import entries, publication
 from molehunt.game.entries import Settings
-from molehunt.game.host import Host, Played
-from molehunt.game.submission import open_stored_set
+from molehunt.game.host import Host, Played, Watch
+from molehunt.game.seal import Sealed
+from molehunt.game.submission import open_stored_set, pack, write_training_set
+from molehunt.game.training_set import TrainingSet
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, get_task
 from molehunt.training import Recipe
@@ -42,6 +44,17 @@ class Bookkeeper:
         return Finding(defense="spectral_signatures", score=score)
 
 
+@dataclass
+class Listener:
+    lines: list[str]
+
+    def stage(self, title: str, total: int) -> None:
+        self.lines.append(title)
+
+    def done(self, title: str, text: str) -> None:
+        self.lines.append(f"{title}: {text}")
+
+
 class Silent:
     def stage(self, title: str, total: int) -> None:
         pass
@@ -54,9 +67,9 @@ def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
     return runner.inspect(defense, suspect, name=name, seed=0)
 
 
-def host(folder: Path, settings: Settings = SETTINGS) -> Host:
+def host(folder: Path, settings: Settings = SETTINGS, watch: Watch | None = None) -> Host:
     defenses = {"spectral_signatures": Bookkeeper()}
-    return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=Silent())
+    return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=watch or Silent())
 
 
 def played(folder: Path, settings: Settings) -> tuple[Played, list[Images]]:
@@ -112,6 +125,56 @@ def test_the_answers_of_such_defenses_count(game: tuple[Played, list[Images]]) -
         assert "spectral_signatures" in one.verdict.p_values
     kinds = {one.team: one.kind for one in done.judged}
     assert kinds == {"Yellow Square": "backdoored", "Honest Abe": "honest"}
+
+
+def test_what_is_printed_of_a_game_in_progress_does_not_say_whose_set_is_whose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(job: entries.Job) -> str:
+        if job.path.suffix == ".zip":
+            manifest, nonce = entries._manifest(job)
+            training = TrainingSet.of(None, CLEAN, torch.Generator().manual_seed(0))
+            write_training_set(job.path.with_suffix(""), training, manifest, Sealed(), nonce=nonce)
+            pack(job.path.with_suffix(""), job.path)
+        return "made"
+
+    monkeypatch.setattr(entries, "run", made)
+    monkeypatch.setattr(entries, "train_handed", lambda handed: handed.id)
+    watch = Listener([])
+    _, books = host(tmp_path, dataclasses.replace(SETTINGS, teams=5, clean=1), watch)._train()
+    assert [entry.arrived for entry in books] != list(range(6)), "a seed whose draw changes the order"
+    assert watch.lines[-6:] == [f"{entry.submission.id[:8]}: trained" for entry in books]
+    assert all(entry.submission.weights == entry.submission.id for entry in books), "everybody has his own model"
+
+
+def test_the_board_and_the_report_go_by_what_the_host_measured(game: tuple[Played, list[Images]]) -> None:
+    done, _ = game
+    square = next(one for one in done.judged if one.team == "Yellow Square")
+    square = dataclasses.replace(square, gates=())  # only valid backdoors have a place in prize order
+    honest = next(one for one in done.judged if one.team == "Honest Abe")
+    measured = done.altered[square.submission.id]
+    assert 0.09 < measured <= 0.1
+    assert done.altered[honest.submission.id] == 0.0
+    # A team that says that it altered a thousandth, and one that says half, stand where their sets put them.
+    liar = dataclasses.replace(
+        square,
+        team="A liar",
+        sealed=dataclasses.replace(square.sealed, details={"poison_rate": 0.001}),
+    )
+    modest = dataclasses.replace(
+        square,
+        team="B modest",
+        submission=dataclasses.replace(square.submission, id="modest"),
+        sealed=dataclasses.replace(square.sealed, details={"poison_rate": 0.5}),
+        arrived=square.arrived + 1,
+    )
+    changed = dataclasses.replace(done, judged=(liar, modest), altered={**done.altered, "modest": measured / 2})
+    report = publication.summary(changed, "molehunt play")
+    assert [row.name for row in report.attackers] == ["B modest", "A liar"]
+    said = {view.team: view.attack for view in report.submissions}
+    assert said["A liar"] == f"badnets, {100 * measured:.1f} % of the training images altered, as the host measured"
+    result = publication.result(changed, report)
+    assert [one["altered"] for one in result["submissions"]] == [measured, measured / 2]
 
 
 def test_a_finished_game_is_not_trained_again(game: tuple[Played, list[Images]]) -> None:

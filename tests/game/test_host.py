@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,18 @@ from molehunt.defenses import Defense
 from molehunt.engine import Local, Run
 from molehunt.examination import divide
 from molehunt.findings import Finding, Outcome
-from molehunt.game import publication
+from molehunt.game import entries, publication
 from molehunt.game.entries import Settings
 from molehunt.game.host import Host, Played
+from molehunt.game.seal import Sealed
+from molehunt.game.submission import SubmissionError, pack, write_submission
+from molehunt.networks import build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, get_task
 from molehunt.training import recipes
 from molehunt.triggers import Patch
 
+TASK = get_task("mnist5k")
 SETTINGS = Settings(task="mnist5k", network="badnets_cnn", seed=3, teams=2, clean=1)
 
 
@@ -164,6 +169,56 @@ def test_of_equal_teams_the_one_that_came_earlier_stands_first(game: tuple[Playe
     early = dataclasses.replace(square, team="Z early one", arrived=2)
     report = publication.summary(dataclasses.replace(played, judged=(late, early)), "molehunt play")
     assert [(row.name, row.rank) for row in report.attackers] == [("Z early one", 1), ("A late one", 1)]
+
+
+def test_where_nobody_can_measure_it_a_stated_poison_rate_decides_nothing(game: tuple[Played, Path]) -> None:
+    played, _ = game
+    assert played.altered == {}
+    square = next(one for one in played.judged if one.team == "Yellow Square")
+    square = dataclasses.replace(square, gates=())  # only valid backdoors have a place in prize order
+    liar = dataclasses.replace(
+        square, team="A liar", arrived=7, sealed=dataclasses.replace(square.sealed, details={"poison_rate": 0.001})
+    )
+    early = dataclasses.replace(
+        square, team="Z early", arrived=2, sealed=dataclasses.replace(square.sealed, details={"poison_rate": 0.5})
+    )
+    silent = dataclasses.replace(
+        square, team="M silent", arrived=5, sealed=dataclasses.replace(square.sealed, details={})
+    )
+    report = publication.summary(dataclasses.replace(played, judged=(liar, early, silent)), "molehunt play")
+    assert [row.name for row in report.attackers] == ["Z early", "M silent", "A liar"]
+    said = {view.team: view.attack for view in report.submissions}
+    assert said["A liar"] == "badnets, 0.1 % of the training images altered, as the team states"
+    assert said["M silent"] == "badnets, poison rate not stated"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"round": "I"}, "manifest.json: the submission is for round 'I', this is round 'final'"),
+        ({"network": "lenet5"}, "manifest.json: unknown network 'lenet5'; accepted here: badnets_cnn"),
+        ({}, ""),
+    ],
+)
+def test_a_submission_for_another_game_is_not_taken_in(
+    changes: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(job: entries.Job) -> str:
+        if job.path.suffix == ".zip":
+            manifest = entries._manifest(job)[0].model_copy(update=changes)
+            model = build(manifest.network, TASK.shape, TASK.num_classes, rng=torch.Generator().manual_seed(0))
+            write_submission(job.path.with_suffix(""), model, manifest, Sealed())
+            pack(job.path.with_suffix(""), job.path)
+        return "made"
+
+    monkeypatch.setattr(entries, "run", made)
+    opened = host(tmp_path, Listener([]), dataclasses.replace(SETTINGS, teams=1, clean=0))
+    if not says:
+        assert len(opened._train()[1]) == 1
+        return
+    with pytest.raises(SubmissionError, match=re.escape(says)):
+        opened._train()
+    assert not (tmp_path / "weights").exists()
 
 
 def test_stores_and_private_copies_are_apart(game: tuple[Played, Path]) -> None:

@@ -215,15 +215,14 @@ def test_one_model_has_no_interval_and_ties_with_equal_points_only() -> None:
 def test_equal_teams_stand_in_prize_order() -> None:
     rows = attackers(
         {
-            "e late": [backdoor(0.2, weight=0.01, poison_rate=0.05, committed=9.0)],
-            "d early": [backdoor(0.2, weight=0.01, poison_rate=0.05, committed=2.0)],
-            "c frugal": [backdoor(0.2, weight=0.01, poison_rate=0.01, committed=9.0)],
-            "b small": [backdoor(0.2, weight=0.001, poison_rate=0.1, committed=9.0)],
-            "a silent": [backdoor(0.2, weight=0.01, committed=0.0)],
+            "a late": [backdoor(0.2, weight=0.01, altered=0.05, committed=9.0)],
+            "b early": [backdoor(0.2, weight=0.01, altered=0.05, committed=2.0)],
+            "c frugal": [backdoor(0.2, weight=0.01, altered=0.01, committed=9.0)],
+            "d small": [backdoor(0.2, weight=0.001, altered=0.1, committed=9.0)],
         },
         FINAL,
     )
-    assert [r.name for r in rows] == ["b small", "c frugal", "d early", "e late", "a silent"]
+    assert [r.name for r in rows] == ["d small", "c frugal", "b early", "a late"]
     assert {r.rank for r in rows} == {1}
 
 

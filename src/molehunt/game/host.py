@@ -40,7 +40,7 @@ from molehunt.game.delivery import Delivery
 from molehunt.game.entries import Settings
 from molehunt.game.referee import STREAM, Judged, Referee, read_verdict
 from molehunt.game.rules import DATA_ONLY, Round, get_round
-from molehunt.game.submission import Submission, ingest
+from molehunt.game.submission import Submission, ingest, open_stored_set
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task, get_task
@@ -93,6 +93,8 @@ class Played:
         population: the clean scores behind the probabilities.
         hidden: the referee's images.
         stream: how many inputs a run-time stream had.
+        altered: on the data board, the share of the training rows in which the set of a submission differs from the
+            public one, by id; else empty.
         seconds: wall time of this call; less than the whole when an interrupted game went on.
         when: when it ended, as text.
         folder: where everything lies.
@@ -106,6 +108,7 @@ class Played:
     population: Population
     hidden: Images
     stream: int
+    altered: Mapping[str, float]
     seconds: float
     when: str
     folder: Path
@@ -175,6 +178,7 @@ class Host:
             population=population,
             hidden=hidden,
             stream=STREAM,
+            altered=self._altered(books),
             seconds=time.monotonic() - start,
             when=time.strftime("%Y-%m-%d %H:%M"),
             folder=self.folder,
@@ -194,9 +198,13 @@ class Host:
         board = self.settings.board
         store, sealed = self.folder / ("weights" if board == "weights" else "sets"), self.folder / "sealed"
         books = [
-            Entry(team, ingest(job.path, store, sealed, board=board, task=self.task), arrived)
+            Entry(team, self._take(job.path, store, sealed), arrived)
             for arrived, (team, job) in enumerate(zip(players, submitted, strict=True))
         ]
+        # The order of the books is drawn, so that it tells nothing. It is drawn before anything is said of a submission
+        # by its id: in the order of the teams that would say whose it is.
+        order = torch.randperm(len(books), generator=generator(self.settings.seed_for("order"), "order"))
+        books = [books[i] for i in order.tolist()]
         if board == "data":
             self.watch.stage("The host trains a model from every training set", len(books))
             found = self.delivery.train([entry.submission for entry in books], self.engine)
@@ -205,14 +213,34 @@ class Host:
                 trained.append(entry._replace(submission=submission))
                 self.watch.done(submission.id[:8], "trained")
             books = trained
-        # The order of the books is drawn, so that it tells nothing.
-        order = torch.randperm(len(books), generator=generator(self.settings.seed_for("order"), "order"))
-        books = [books[i] for i in order.tolist()]
         _write(
             self.folder / "books.json",
             [{"id": s.id, "weights": s.weights, "commitment": s.commitment} for _, s, _ in books],
         )
         return [job.path for job in references], books
+
+    def _take(self, path: Path, store: Path, sealed: Path) -> Submission:
+        """Check an archive, which must be for this game, and split it into the two stores."""
+        return ingest(
+            path,
+            store,
+            sealed,
+            board=self.settings.board,
+            task=self.task,
+            allowed_networks=[self.settings.network],
+            round_=self.round.name,
+        )
+
+    def _altered(self, books: list[Entry]) -> dict[str, float]:
+        """Measure how much of the training split every handed-over set alters."""
+        if self.settings.board == "weights":
+            return {}
+        clean, shares = self.task.load("train"), {}
+        for _, submission, _ in books:
+            assert submission.training is not None  # what is taken in is of the board that is played
+            training = open_stored_set(self.folder / "sets", submission.training, self.task)
+            shares[submission.id] = training.changes(clean).altered / len(clean.y)
+        return shares
 
     def _gates(self, books: list[Entry], referee: Referee) -> None:
         self.watch.stage("The referee measures the gates on hidden images", len(books))

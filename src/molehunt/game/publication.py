@@ -2,7 +2,6 @@
 
 import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -92,6 +91,7 @@ def result(played: Played, document: GameReport) -> dict[str, Any]:
                 "commitment": one.submission.commitment,
                 "arrived": one.arrived,
                 "attack": one.sealed.attack,
+                "altered": played.altered.get(one.submission.id),
                 "target": None if one.sealed.target is None else one.sealed.target.to_json(),
                 "gates": [{**asdict(gate), "margin": gate.margin} for gate in one.gates],
                 "valid": one.valid,
@@ -162,7 +162,7 @@ def _attackers(played: Played) -> tuple[Row, ...]:
                 scoreboard.Backdoor(
                     points=one.points if one.valid else None,
                     weight=one.sealed.trigger.footprint().weight,
-                    poison_rate=one.sealed.details.get("poison_rate"),
+                    altered=played.altered.get(one.submission.id),
                     committed=one.arrived,
                 )
             )
@@ -186,7 +186,7 @@ def _view(played: Played, one: Judged) -> SubmissionView:
         id=one.submission.id[:12],
         team=one.team,
         kind=one.kind,
-        attack="" if sealed.attack is None else f"{sealed.attack}, {_poisoned(sealed.details)}",
+        attack="" if sealed.attack is None else f"{sealed.attack}, {_poisoned(played, one)}",
         gates=tuple(_gate(gate) for gate in one.gates),
         verdict=one.verdict,
         true_trigger=sealed.trigger,
@@ -206,9 +206,15 @@ def _view(played: Played, one: Judged) -> SubmissionView:
     )
 
 
-def _poisoned(details: Mapping[str, Any]) -> str:
-    rate = details.get("poison_rate")
-    return "poison rate not stated" if rate is None else f"{100 * rate:.1f} % of the training images altered"
+def _poisoned(played: Played, one: Judged) -> str:
+    """Say how many training images were altered: as measured where the host has the set, else as the team states."""
+    rate = played.altered.get(one.submission.id)
+    if rate is not None:
+        return f"{100 * rate:.1f} % of the training images altered, as the host measured"
+    stated = one.sealed.details.get("poison_rate")
+    if stated is None:
+        return "poison rate not stated"
+    return f"{100 * stated:.1f} % of the training images altered, as the team states"
 
 
 def _words(target: Target, classes: tuple[str, ...]) -> str:

@@ -44,13 +44,14 @@ class Backdoor:
     Attributes:
         points: what the defender earned on it; None if it missed a gate.
         weight: share of the picture that its trigger replaces, opacity times area.
-        poison_rate: share of the training set that was altered; None if not stated.
+        altered: share of the training rows that the host found altered; None on the weights board, where nobody can
+            measure it. What a team states about itself decides nothing.
         committed: when its commitment arrived, in any unit that grows with time.
     """
 
     points: Points | None
     weight: float = 0.0
-    poison_rate: float | None = None
+    altered: float | None = None
     committed: float = 0.0
 
 
@@ -118,7 +119,7 @@ def attackers(
 
     Ranks are made as for the defenders, except that two teams' models are drawn independently. A team with one model
     has no interval, and ties only with equal points. Equal ranks are shown in prize order: smaller triggers (mean
-    weight of the valid ones), then lower poison rate, then earlier commitment of the last model.
+    weight of the valid ones), then on the data board fewer altered rows, then earlier commitment of the last model.
 
     Args:
         teams: every team's backdoors, valid or not; honest models do not belong here.
@@ -147,12 +148,10 @@ def attackers(
 
     def prize(name: str) -> tuple[float, ...]:
         valid = [b for b in teams[name] if b.points is not None]
-        rates = [b.poison_rate for b in valid]
-        stated = [r for r in rates if r is not None]
+        rates = [b.altered for b in valid if b.altered is not None]
         return (
             sum(b.weight for b in valid) / len(valid) if valid else 1.0,
-            # Who does not state a rate stands behind all who do.
-            sum(stated) / len(stated) if stated and len(stated) == len(rates) else 2.0,
+            sum(rates) / len(rates) if rates else 1.0,
             max(b.committed for b in teams[name]),
         )
 
