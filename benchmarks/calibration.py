@@ -90,6 +90,8 @@ def null(known: Path, fresh: Path) -> None:
             f"| {d.defense} | {d.calibration} | {d.fresh} | {d.distance:.3f} | {d.p_value:.3f} | {d.corrected:.3f} | "
             f"{d.alarms.count} ({d.alarms.low} to {d.alarms.high}) |"
         )
+    for name, why in found.left_out.items():
+        print(f"{name} was not checked, {why}")
     a = found.alarms
     print(f"combined: {a.count} of {a.models} at {found.level:.0%}, expected {a.low} to {a.high}")
     write(

@@ -55,6 +55,16 @@ def test_a_check_worked_by_hand() -> None:
     assert found.holds
 
 
+def test_a_defense_that_lost_its_fresh_scores_is_named_and_nothing_holds() -> None:
+    known = people({"a": [1.0, 2.0, 3.0], "b": [1.0, 3.0, 5.0]})
+    fresh = people({"a": [1.5, 2.5, 3.5], "b": [None, None, 4.0]}, first=10)
+    found = null_check(known, fresh, level=0.25)
+    assert [d.defense for d in found.defenses] == ["a"]
+    assert found.left_out == {"b": "fresh models: only 1 of 3 clean reference models have a score of it"}
+    assert not found.holds
+    assert null_check(known, people({"a": [1.5, 2.5, 3.5], "b": [2.0, 4.0, 6.0]}, first=10), level=0.25).holds
+
+
 def test_holm_worked_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
@@ -97,10 +107,10 @@ def test_the_mean_of_false_positives_is_the_level() -> None:
 
 def test_planted_models_and_missing_scores_are_left_out() -> None:
     known = people({"a": [1.0, 2.0, 3.0, 4.0, 5.0], "b": [1.0, 2.0, 3.0, 4.0, None]})
-    fresh = people({"a": [1.5, 2.5, 9.0], "b": [None, 2.5, 9.0]}, first=10)
+    fresh = people({"a": [1.5, 2.5, 9.0, 2.0, 3.0], "b": [None, 2.5, 9.0, 2.0, 3.0]}, first=10)
     found = null_check(known, replace(fresh, models=(*fresh.models, replace(fresh.models[2], seed=99, attack="x"))))
-    assert [(d.calibration, d.fresh) for d in found.defenses] == [(5, 3), (4, 2)]
-    assert found.alarms.models == 2
+    assert [(d.calibration, d.fresh) for d in found.defenses] == [(5, 5), (4, 4)]
+    assert found.alarms.models == 4
 
 
 def test_groups_that_cannot_be_compared_are_refused() -> None:

@@ -1,8 +1,9 @@
 """Whether clean models that no calibration has seen score as the calibration's clean models do."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from scipy.stats import betabinom, ks_2samp
 
@@ -70,16 +71,20 @@ class NullCheck:
         level: of the false positives, in (0, 1).
         defenses: one entry per defense, by name.
         alarms: false positives of all defenses combined.
+        left_out: by defense that could not be checked, why: it has too few scores on either side.
     """
 
     level: float
     defenses: tuple[Likeness, ...]
     alarms: Alarms
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def holds(self) -> bool:
-        """Whether no defense tells the groups apart (`DIFFERENT`) and the combined alarms are as many as expected."""
-        return self.alarms.expected and all(d.corrected > DIFFERENT for d in self.defenses)
+        """Whether every defense could be checked, none tells the groups apart (`DIFFERENT`), and the combined alarms
+        are as many as expected.
+        """
+        return not self.left_out and self.alarms.expected and all(d.corrected > DIFFERENT for d in self.defenses)
 
 
 def null_check(known: Population, fresh: Population, *, level: float = LEVEL) -> NullCheck:
@@ -103,7 +108,13 @@ def null_check(known: Population, fresh: Population, *, level: float = LEVEL) ->
             )
     if both := {m.seed for m in known.clean} & {m.seed for m in fresh.clean}:
         raise ValueError(f"a fresh model is none of the calibration's, but both have the seed {min(both)}")
-    names = [d for d in sorted(known.defenses) if uncovered(d, known) is None and fresh.column(d)]
+    left_out = {}
+    for name in sorted({*known.defenses, *fresh.defenses}):
+        if why := uncovered(name, known):
+            left_out[name] = f"calibration: {why}"
+        elif why := uncovered(name, fresh):
+            left_out[name] = f"fresh models: {why}"
+    names = [name for name in sorted(known.defenses) if name not in left_out]
     if not names:
         raise ValueError(
             f"no defense scored both groups: {sorted(known.defenses)} the calibration's, {sorted(fresh.defenses)} the "
@@ -111,7 +122,10 @@ def null_check(known: Population, fresh: Population, *, level: float = LEVEL) ->
         )
     if other := [d for d in names if known.defenses[d] != fresh.defenses.get(d)]:
         raise ValueError(f"{other[0]} scored the two groups in different settings")
-    tests = [ks_2samp(known.column(d), fresh.column(d)) for d in names]
+    with warnings.catch_warnings():
+        # Where rounding takes an exact p-value beyond 1, scipy gives up on it, warns, and answers 1.
+        warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation unsuccessful", category=RuntimeWarning)
+        tests = [ks_2samp(known.column(d), fresh.column(d)) for d in names]
     corrected = holm([float(t.pvalue) for t in tests])
     return NullCheck(
         level=level,
@@ -130,6 +144,7 @@ def null_check(known: Population, fresh: Population, *, level: float = LEVEL) ->
             for name, test, value in zip(names, tests, corrected, strict=True)
         ),
         alarms=_combined(known, fresh, names, level),
+        left_out=left_out,
     )
 
 

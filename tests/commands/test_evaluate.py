@@ -1,5 +1,6 @@
 """`molehunt evaluate`: a defense from the working folder is judged, resumed, and run again when its code changes."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -83,11 +84,19 @@ def test_its_place_among_the_built_in_ones(
     monkeypatch.setattr("molehunt.bank.rivals.DEFENSES", {"strip": STRIP, "neural_cleanse": NeuralCleanse})
     (tmp_path / "heavy_in_rank.py").write_text(CODE)
     assert main(["evaluate", "strip", "--most", "2", "--not-isolated"]) == 0
-    capsys.readouterr()
+    assert "strip judges triggers that neural_cleanse looks for" in capsys.readouterr().err
+    saved = sorted((bank / place_of("strip", STRIP)).glob("evaluate-*"))
+    assert len({json.loads(path.read_text())["scores"]["strip"] for path in saved}) > 1
     assert main(["evaluate", "heavy_in_rank:Heavy", "--most", "2", "--not-isolated"]) == 0
     said = capsys.readouterr().out
     assert "of 2, beside strip" in said
     assert "no saved scores of neural_cleanse: molehunt evaluate NAME" in said
+    # Scores of a model with other weights are none of the model that is there.
+    whole = saved[0].read_text()
+    saved[0].write_text(json.dumps(json.loads(whole) | {"weights": "0" * 64}))
+    assert main(["evaluate", "heavy_in_rank:Heavy", "--most", "2", "--not-isolated"]) == 0
+    assert "unknown, no saved scores of strip, neural_cleanse" in capsys.readouterr().out
+    saved[0].write_text(whole)
     # Scores of three models are no scores of all four.
     next((bank / place_of("strip", STRIP)).glob("*planted*")).unlink()
     assert main(["evaluate", "heavy_in_rank:Heavy", "--most", "2", "--not-isolated"]) == 0

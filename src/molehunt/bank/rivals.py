@@ -7,7 +7,7 @@ import torch
 
 from molehunt.bank.code import place_of
 from molehunt.bank.roster import Entry
-from molehunt.bank.scores import REPAIRS, population, read_scored
+from molehunt.bank.scores import REPAIRS, kept, population, with_finders
 from molehunt.defenses import DEFENSES
 from molehunt.testing import auc
 
@@ -21,7 +21,8 @@ def aucs(listed: Sequence[Entry], folder: Path, *, but: str) -> dict[str, float 
         but: a defense that is left out. Pure repairs are too: they have no score.
 
     Returns:
-        By name the AUC in [0, 1]; None where a model has no score by the code of today, or none of a kind has.
+        By name the AUC in [0, 1]; None where a model was not scored by the code of today as it is now, with as many
+        threads, or where no model of a kind has a score. Models on which a defense abstained count for nothing.
 
     Raises:
         ValueError: a file holds no scores, or a defense answered in different settings.
@@ -31,10 +32,9 @@ def aucs(listed: Sequence[Entry], folder: Path, *, but: str) -> dict[str, float 
         if name == but or name in REPAIRS:
             continue
         found[name] = None
-        kept = [read_scored(folder / place_of(name, kind) / f"{entry.name}.json") for entry in listed]
-        known = [scored for scored in kept if scored is not None and name in scored.settings]
-        if len(known) == len(listed):
-            scores = population(listed, folder, known)
+        done = kept(listed, folder, with_finders({name: kind()}), place=place_of(name, kind))
+        if len(done) == len(listed) and any(name in scored.settings for scored in done.values()):
+            scores = population(listed, folder, [done[entry.name] for entry in listed])
             clean, planted = scores.column(name), [row[0] for row in scores.table([name], planted=True)]
             if clean and planted:
                 both = torch.tensor([*clean, *planted], dtype=torch.float64)

@@ -172,7 +172,8 @@ def population(listed: Sequence[Entry], folder: Path, found: Sequence[Scored]) -
             if together.setdefault(name, used) != used and not scored.failed:
                 raise ValueError(f"{name} scored the models in different settings; delete the scores to start again")
     if not together:
-        failed = next((f"{n}: {text}" for s in found for n, text in s.failed.items()), "pure repairs have none")
+        silent = [f"{n}: {text}" for s in found for n, text in [*s.failed.items(), *s.abstained.items()]]
+        failed = silent[0] if silent else "pure repairs have none"
         raise ValueError(f"no defense gave a score ({failed})")
     dtypes = {scored.dtype for scored in found if scored.dtype is not None}
     if len(dtypes) > 1:
