@@ -81,8 +81,9 @@ class NullCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether every defense could be checked, none tells the groups apart (`DIFFERENT`), and the combined alarms
-        are as many as expected.
+        """Whether no defense tells the groups apart (`DIFFERENT`), and the combined alarms are as many as expected.
+
+        False if a defense could not be checked.
         """
         return not self.left_out and self.alarms.expected and all(d.corrected > DIFFERENT for d in self.defenses)
 
