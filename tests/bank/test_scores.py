@@ -325,6 +325,14 @@ class TestPlanted:
         assert clean.scores["fine_pruning"] is None
         assert population(listed, learned, (clean, planted)).defenses.keys() == {"heavy"}
 
+    def test_the_curve_of_a_repair_is_kept(self, folder: Path) -> None:
+        found = Scoring(folder)({"heavy": Heavy(), "fine_pruning": FinePruning(steps=1)})
+        for scored in found:
+            curve = scored.repairs["fine_pruning"]["curve"]
+            assert len(curve) == 33, "one more than the channels of the last block"
+            assert all(0 <= share <= 1 for share in curve)
+            assert len(set(curve)) > 1
+
     def test_only_the_first_models_of_each_kind_are_repaired(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

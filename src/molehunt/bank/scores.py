@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import molehunt
 from molehunt import strict_json
@@ -63,7 +63,8 @@ class Scored:
         scores: raw statistic by defense that answered; None for a pure repair.
         settings: by defense with a score, what must be equal for scores to be comparable.
         repairs: by defense that repaired the model, `accuracy` and, for a planted model, `asr`, on the public
-            validation split: before and after, in [0, 1].
+            validation split: before and after, in [0, 1]; and `curve`, where the defense measured one: accuracy on its
+            held-out images when 0, 1, 2 ... channels are pruned.
         abstained: by defense, why it had no opinion.
         failed: by defense, what went wrong. It is no score: such a model is scored again.
         costs: by defense that answered, seconds, images forward and backward, peak memory in bytes.
@@ -290,7 +291,7 @@ def _score(entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Ins
 
 def _repairs(entry: Entry, model: nn.Module, found: Mapping[str, Finding]) -> dict[str, dict[str, list[float]]]:
     """Measure every repaired model beside what it was made of."""
-    repaired = {name: finding.repaired for name, finding in found.items() if finding.repaired is not None}
+    repaired = {name: finding for name, finding in found.items() if finding.repaired is not None}
     if not repaired:
         return {}
     images, made = get_task(entry.task).load("validation"), poisoned(entry)
@@ -303,11 +304,14 @@ def _repairs(entry: Entry, model: nn.Module, found: Mapping[str, Finding]) -> di
 
     before = measured(model)
     rates: dict[str, dict[str, list[float]]] = {}
-    for name, state in repaired.items():
+    for name, finding in repaired.items():
         other = copy.deepcopy(model)
-        other.load_state_dict(dict(state))
+        other.load_state_dict(dict(finding.repaired or {}))
         after = measured(other)
         rates[name] = {"accuracy": [before[0], after[0]]}
+        curve = finding.details.get("curve")
+        if isinstance(curve, Tensor):
+            rates[name]["curve"] = [round(float(share), 6) for share in curve]
         if before[1] is not None and after[1] is not None:
             rates[name]["asr"] = [before[1], after[1]]
     return rates
