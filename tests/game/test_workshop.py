@@ -260,6 +260,28 @@ def test_an_installed_attack_is_another_one_when_its_code_changes(
     assert replace(plan).digest != before
 
 
+def test_teams_that_leave_the_seed_alone_do_not_hand_in_the_same_model(tmp_path: Path) -> None:
+    ours = Plan(task=TASK, team="Us")
+    made = {
+        name: make(plan, tmp_path / name).archive
+        for name, plan in {"us": ours, "again": ours, "them": replace(ours, team="Them")}.items()
+    }
+    states = {name: read_submission(archive).state for name, archive in made.items()}
+    assert all(torch.equal(states["us"][key], states["again"][key]) for key in states["us"])
+    assert not any(torch.equal(states["us"][key], states["them"][key]) for key in states["us"] if "weight" in key)
+    assert replace(ours, team="Them").digest != ours.digest, "an interrupted training is of one team"
+
+
+def test_the_rows_of_two_teams_with_one_seed_differ(tmp_path: Path) -> None:
+    plan = Plan(task=TASK, board="data", attack="badnets", settings={"target": 3, "poison_rate": 0.05}, team="Us")
+    sets = [
+        read_submission(make(replace(plan, team=team), tmp_path / team).archive).training for team in ("Us", "Them")
+    ]
+    assert sets[0] is not None
+    assert sets[1] is not None
+    assert sets[0].digest != sets[1].digest
+
+
 def test_an_unfinished_training_of_another_plan_is_noticed(tmp_path: Path) -> None:
     plan = Plan(task=TASK)
     assert not begins_anew(plan, tmp_path / "nowhere")

@@ -45,7 +45,8 @@ class Plan:
         settings: of the attack, by name; those not named have their default.
         team: who submits.
         round: name of the round.
-        seed: from 0 to 2**64 - 1; draws poison, weights and the order of the data.
+        seed: from 0 to 2**64 - 1; together with the team's name it draws poison, weights and the order of the data, so
+            that two honest teams that leave it alone do not hand in the same bytes, by which they would be known.
 
     Raises:
         ValueError: an unknown name, settings that the attack does not have, an attack of one's own that raises, a
@@ -118,7 +119,7 @@ class Plan:
         must not go on.
         """
         told = [self.task.name, self.manifest.network, self.training.to_json(), self.attack, dict(self.settings)]
-        digest = hashlib.sha256(json.dumps([*told, self.seed], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([*told, self.seed, self.team], sort_keys=True).encode())
         if self.hidden is not None:
             digest.update(code.digest(type(self.hidden)).encode())
         return digest.hexdigest()
@@ -194,7 +195,7 @@ def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], 
         plan.manifest.network,
         plan.training,
         None if plan.hidden is None else _Within(plan.hidden),
-        rng=generator(plan.seed, f"train {plan.task.name} {plan.manifest.network}"),
+        rng=generator(plan.seed, f"train {plan.task.name} {plan.manifest.network} {plan.team}"),
         report=report,
         checkpoint=_state(plan, folder),
         check=check,
@@ -214,7 +215,7 @@ def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], 
 def _alter(plan: Plan, folder: Path) -> Made:
     """Write the training set of a plan; see `make`."""
     clean = plan.task.load("train")
-    rng = generator(plan.seed, f"alter {plan.task.name}")
+    rng = generator(plan.seed, f"alter {plan.task.name} {plan.team}")
     poisoned = None if plan.hidden is None else _Within(plan.hidden)(clean, plan.task, rng)
     training = TrainingSet.of(poisoned, clean, rng)
     hidden = sealed(plan.hidden, poisoned, seed=plan.seed)
