@@ -57,6 +57,15 @@ def test_neither_seed_nor_family_of_the_judged_model_is_fitted(
     assert [row[0] for row in part.table(["d"], planted=True)] == planted
 
 
+def test_families_that_stamp_the_same_kind_of_trigger_are_one() -> None:
+    attacks = ["badnets", "tact", "blended", "adap_blend", "wanet"]
+    many = people(one(0, 1.0), *(one(10 + i, float(i), attack) for i, attack in enumerate(attacks)))
+    kept = {model.attack: {other.attack for other in fitting_part(many, model).planted} for model in many.planted}
+    assert kept["tact"] == kept["badnets"] == {"blended", "adap_blend", "wanet"}
+    assert kept["adap_blend"] == kept["blended"] == {"badnets", "tact", "wanet"}
+    assert kept["wanet"] == set(attacks) - {"wanet"}
+
+
 def test_out_of_fold_answers_worked_by_hand() -> None:
     said = [judged.said for judged in out_of_fold(SMALL, prior=0.5)]
     assert all(s is not None for s in said)

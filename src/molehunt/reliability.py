@@ -49,19 +49,25 @@ class Bin:
     most: float
 
 
+KIN = (frozenset({"badnets", "tact"}), frozenset({"blended", "adap_blend"}), frozenset({"sig", "stripes"}))
+"""Attack families of the bank that stamp the same kind of trigger: who has met one knows the others."""
+
+
 def fitting_part(population: Population, model: Reference) -> Population:
     """Return the references that may be fitted when one model is judged.
 
-    These are the models of other seeds, and for a planted model those of other attack families. All clean models of
-    other seeds stay, for they say nothing about any attack.
+    These are the models of other seeds, and for a planted model those of other attack families (`KIN` are one). All
+    clean models of other seeds stay, for they say nothing about any attack.
 
     Args:
         population: the references; the model may be one of them.
         model: that is judged.
     """
 
+    alike = next((kin for kin in KIN if model.attack in kin), frozenset({model.attack}))
+
     def apart(other: Reference) -> bool:
-        return other.seed != model.seed and (model.attack is None or other.attack != model.attack)
+        return other.seed != model.seed and (model.attack is None or other.attack not in alike)
 
     return replace(population, models=tuple(filter(apart, population.models)))
 
