@@ -63,7 +63,6 @@ def fitting_part(population: Population, model: Reference) -> Population:
         population: the references; the model may be one of them.
         model: that is judged.
     """
-
     alike = next((kin for kin in KIN if model.attack in kin), frozenset({model.attack}))
 
     def apart(other: Reference) -> bool:

@@ -281,7 +281,7 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
     if planted is not None and answers.stamped is not None:
         rate = asr(answers.stamped, answers.y, planted.target)
         measured = [gates.attack_success(answers, planted.target, LIMITS)]
-        if planted.target.sources is not None:
+        if gates.selective(planted.target):
             measured.append(gates.leakage(answers, planted.target, LIMITS))
         measured.append(gates.budget(planted.trigger.footprint(), task.shape, LIMITS))
     state = checkpoints.canonical(model.state_dict())
