@@ -172,7 +172,7 @@ def test_the_board_and_the_report_go_by_what_the_host_measured(game: tuple[Playe
     report = publication.summary(changed, "molehunt play")
     assert [row.name for row in report.attackers] == ["B modest", "A liar"]
     said = {view.team: view.attack for view in report.submissions}
-    assert said["A liar"] == f"badnets, {100 * measured:.1f} % of the training images altered, as the host measured"
+    assert said["A liar"] == f"badnets, {100 * measured:.1f} % of images altered, as measured"
     result = publication.result(changed, report)
     assert [one["altered"] for one in result["submissions"]] == [measured, measured / 2]
 

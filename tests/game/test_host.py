@@ -188,7 +188,7 @@ def test_where_nobody_can_measure_it_a_stated_poison_rate_decides_nothing(game: 
     report = publication.summary(dataclasses.replace(played, judged=(liar, early, silent)), "molehunt play")
     assert [row.name for row in report.attackers] == ["Z early", "M silent", "A liar"]
     said = {view.team: view.attack for view in report.submissions}
-    assert said["A liar"] == "badnets, 0.1 % of the training images altered, as the team states"
+    assert said["A liar"] == "badnets, 0.1 % of images altered, as stated"
     assert said["M silent"] == "badnets, poison rate not stated"
 
 

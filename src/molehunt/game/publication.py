@@ -210,11 +210,11 @@ def _poisoned(played: Played, one: Judged) -> str:
     """Say how many training images were altered: as measured where the host has the set, else as the team states."""
     rate = played.altered.get(one.submission.id)
     if rate is not None:
-        return f"{100 * rate:.1f} % of the training images altered, as the host measured"
+        return f"{100 * rate:.1f} % of images altered, as measured"
     stated = one.sealed.details.get("poison_rate")
     if stated is None:
         return "poison rate not stated"
-    return f"{100 * stated:.1f} % of the training images altered, as the team states"
+    return f"{100 * stated:.1f} % of images altered, as stated"
 
 
 def _words(target: Target, classes: tuple[str, ...]) -> str:
