@@ -157,14 +157,14 @@ def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str) -
         passed = [float(r.name in works) for r in mine]
         add(f"{kind}, passes the gates", passed, "share", sum(passed) / len(passed), f"{len(mine)} models")
         add(f"{kind}, ASR", [r.asr for r in mine if r.asr is not None], "share")
-    add("training of one model", [r.seconds for r in there], "s", note="two models at a time, one thread each")
+    add("training of one model", [r.seconds for r in there], "s", note="one thread, beside other work")
     done = [s for r in there if (s := scores.read_scored(folder / "scores" / f"{r.name}.json")) is not None]
     seconds: dict[str, list[float]] = defaultdict(list)
     for one in done:
         for name, cost in one.costs.items():
             seconds[name].append(float(cost["seconds"]))
     for name, spent in seconds.items():
-        add(f"{name}, one model", spent, "s", note="two models at a time, one thread each")
+        add(f"{name}, one model", spent, "s", note="one thread, beside other work")
     return made
 
 

@@ -222,6 +222,19 @@ def test_the_figures_of_neural_cleanse_on_cifar_are_those_that_were_measured() -
         assert rows[title][5] == f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
+def test_the_figures_of_the_bank_are_those_that_were_measured() -> None:
+    figures = json.loads((ROOT / "benchmarks/results/bank.json").read_text())["figures"]
+    rows = table("docs/reference/bank.md", "How many backdoors work")
+    for family, passed, count, rate in rows:
+        key = f"mnist5k, badnets_cnn, calibrate, {family}"
+        assert figures[f"{key}, passes the gates"]["note"] == f"{count} models"
+        assert figures[f"{key}, passes the gates"]["value"] == pytest.approx(int(passed) / int(count))
+        assert 100 * figures[f"{key}, ASR"]["value"] == pytest.approx(float(rate), abs=0.051)
+    text = (ROOT / "docs/reference/bank.md").read_text()
+    whole = [sum(int(row[i]) for row in rows) for i in (2, 1)]
+    assert f"of {whole[0]} planted models {whole[1]} pass" in text
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> None:
     lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
