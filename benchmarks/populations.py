@@ -1,4 +1,6 @@
-"""Score clean and backdoored reference models, and write the population that ships with the package.
+"""Score clean and backdoored reference models: figures of Neural Cleanse's page.
+
+They came with the package before there was the model bank; benchmarks/bank.py makes what comes with it now.
 
     python benchmarks/populations.py mnist5k --clean 59 --planted 15
 
@@ -7,7 +9,6 @@ are made again from their seeds; no weights are kept. None of them is ever judge
 """
 
 import argparse
-import json
 import queue
 import tempfile
 import threading
@@ -18,9 +19,8 @@ from typing import Any
 
 import torch
 
-import molehunt
 from molehunt.attacks import Attack, BadNets, Blended
-from molehunt.calibration import Population, Reference, save, settings, statistic
+from molehunt.calibration import settings, statistic
 from molehunt.checkpoints import assemble, layout_of, read_safetensors
 from molehunt.defenses import DEFENSES
 from molehunt.engine import Processes
@@ -137,22 +137,6 @@ def main() -> None:
                 waiting.clear()
     while not boxes.empty():
         boxes.get().close()
-    listed = [kept[n] for n, _ in wanted]
-    population = Population(
-        task=task.name,
-        network=network,
-        recipe=network,
-        models=tuple(
-            Reference(seed=r["seed"], scores=r["scores"], accuracy=r["accuracy"], attack=r["attack"]) for r in listed
-        ),
-        defenses=listed[0]["defenses"],
-        versions=listed[0]["versions"],
-        dtype=listed[0]["dtype"],
-    )
-    path = Path(molehunt.__file__).parent / "populations" / f"{task.name}-{network}.json"
-    path.parent.mkdir(exist_ok=True)
-    save(population, path)
-    print(json.dumps({"written": path.name, "clean": len(population.clean), "planted": len(population.planted)}))
 
 
 if __name__ == "__main__":
