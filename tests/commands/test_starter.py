@@ -12,12 +12,11 @@ from pathlib import Path
 
 import nbclient
 import nbformat
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from commands.conftest import HURRIED
+from commands.pictures import two_kinds
 from molehunt import training
 from molehunt.cli import main
 from molehunt.game import check as home
@@ -70,12 +69,7 @@ def test_a_kit_for_cifar10_is_right_without_training(tmp_path: Path, capsys: pyt
 def test_a_kit_for_a_folder_of_two_classes_can_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (tmp_path / "two kinds" / kind).mkdir(parents=True)
-        for number in range(30):
-            pixels = rng.integers(0, 256, (16, 16), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "two kinds" / kind / f"{number}.png")
+    two_kinds(tmp_path / "two kinds")
     task, folder = get_task(f"folder:{tmp_path / 'two kinds'}"), tmp_path / "my kit"
     assert main(["starter", "--task", task.name, "--out", str(folder)]) == 0
     assert f"next: cd '{folder}'" in capsys.readouterr().out

@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from commands.pictures import two_kinds
 from molehunt.attacks import BadNets
 from molehunt.cli import main
 from molehunt.game import workshop
@@ -219,12 +218,7 @@ def test_a_training_with_changed_code_begins_anew_and_says_so(
 
 
 def test_for_a_folder_the_next_command_names_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        (tmp_path / "two kinds" / kind).mkdir(parents=True)
-        for number in range(30):
-            pixels = rng.integers(0, 256, (16, 16), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "two kinds" / kind / f"{number}.png")
+    two_kinds(tmp_path / "two kinds")
     command = ["train", "--task", "folder:two kinds", "--board", "data", "--out", "my set"]
     assert main([*command, "--attack", "badnets", "--set", "target=1"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]

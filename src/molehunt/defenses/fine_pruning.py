@@ -200,11 +200,10 @@ class FinePruning:
                     raise
                 continue
             rates.append({"lr": lr, "accuracy": made.accuracy})
+            if made.accuracy >= least - HAIR:
+                return dataclasses.replace(made, rates=rates)
             if best is None or made.accuracy > best.accuracy:
                 best = made
-            if made.accuracy >= least - HAIR:
-                best = made
-                break
         assert best is not None, "else the last attempt would have raised"
         return dataclasses.replace(best, rates=rates)
 
