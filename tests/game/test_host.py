@@ -104,6 +104,13 @@ def test_an_interrupted_game_goes_on_and_ends_as_one_that_was_not(
     assert [one.points for one in again.judged] == [one.points for one in played.judged]
 
 
+def test_verdicts_know_by_which_recipe_model_and_references_were_trained(game: tuple[Played, Path]) -> None:
+    played, _ = game
+    for one in played.judged:
+        said = one.verdict.details["calibration"]["recipe"]
+        assert said == {"suspect": one.submission.manifest.recipe, "references": "badnets_cnn"}
+
+
 def test_answers_are_written_before_seals_are_opened_and_may_not_change(game: tuple[Played, Path]) -> None:
     _, folder = game
     path = next((folder / "verdicts").glob("*/verdict.json"))
