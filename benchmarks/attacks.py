@@ -1,13 +1,14 @@
 """What the attacks give: accuracy beside the clean twin's, success, and the referee's own gates.
 
     python benchmarks/attacks.py run --attack sig --task mnist --seed 0
+    python benchmarks/attacks.py run --attack sig --task cifar10 --network narrow_cifar --references 2
     python benchmarks/attacks.py try --attack sig --task mnist --set poison_rate=0.05
     python benchmarks/attacks.py speed                      seconds to poison 50 000 CIFAR-sized pictures
     python benchmarks/attacks.py pictures                   docs/reference/attacks/NAME.png
     python benchmarks/attacks.py pictures --attack label_consistent --set epsilon=0     its patches alone, in no time
     python benchmarks/attacks.py collect                    results/attacks.json from the rows
 
-`run` trains the task's own network by its default recipe, measures on the test split and appends to
+`run` trains the task's own network, or the one named, by its default recipe, measures on the test split and appends to
 results/attacks.jsonl; a row that is there already is not made again. `try` is for choosing settings: it measures on the
 validation split and appends to results/attacks-develop.jsonl. The gates are those of `molehunt check`, against clean
 models of the same network and recipe. These are trained once and kept in the folder `--state`, as is the state of a
@@ -106,10 +107,18 @@ def covers_of(made: Poisoned, clean: Images) -> torch.Tensor:
 
 
 def one(
-    name: str, task: Task, seed: int, *, develop: bool, settings: dict[str, Any], state: Path, few: int
+    name: str,
+    task: Task,
+    seed: int,
+    *,
+    network: str,
+    develop: bool,
+    settings: dict[str, Any],
+    state: Path,
+    few: int,
 ) -> dict[str, Any]:
     """Train one backdoored model and answer its row."""
-    network, limits = task.network, Limits(references=few)
+    limits = Limits(references=few)
     recipe = recipe_for(network, task)
     attack = make_attack(name, settings)
     clean = references(task, network, state, list(range(limits.references)))
@@ -126,7 +135,7 @@ def one(
             attack,
             rng=generator(seed, f"attack benchmark {name} {network}"),
             report=report,
-            checkpoint=None if develop else state / f"{name}-{task.name}-{seed}.pt",
+            checkpoint=None if develop else state / f"{name}-{task.name}-{network}-{seed}.pt",
         )
     seconds = time.monotonic() - start
     assert made is not None
@@ -229,8 +238,10 @@ def collect() -> None:
     """Write results/attacks.json."""
     figures_: dict[str, Figure] = {}
     kept = rows(NAME)
-    for task, name in dict.fromkeys((r["task"], r["attack"]) for r in kept):
-        found = [r for r in kept if (r["task"], r["attack"]) == (task, name)]
+    for task, network, name in dict.fromkeys((r["task"], r["network"], r["attack"]) for r in kept):
+        found = [r for r in kept if (r["task"], r["network"], r["attack"]) == (task, network, name)]
+        own = network == get_task(task).network
+        where = task if own else f"{task} with {network}"
         made: list[tuple[str, list[float], str, float | None, Literal["higher", "lower"]]] = [
             ("accuracy", [r["accuracy"] for r in found], "share", None, "higher"),
             (
@@ -257,14 +268,15 @@ def collect() -> None:
             )
         for what, values, unit, goal, better in made:
             middle = sum(values) / len(values) if what.startswith("runs") else spread(values)["median"]
-            figures_[f"{name} on {task}, {what}"] = Figure(
+            figures_[f"{name} on {where}, {what}"] = Figure(
                 value=middle,
                 unit=unit,
                 goal=goal,
                 better=better,
                 spread=spread(values),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/attacks.py run --attack {name} --task {task}",
+                command=f"python benchmarks/attacks.py run --attack {name} --task {task}"
+                + ("" if own else f" --network {network}"),
                 note=f"load before each run {[r['busy'] for r in found]}" if what == "time" else "",
             )
     print(write(NAME, figures_).read_text())
@@ -327,6 +339,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "try", "speed", "pictures", "collect"])
     parser.add_argument("--attack", choices=ATTACKS, help="run and try need one; the default of the others is all")
     parser.add_argument("--task", help="default: mnist; of the pictures cifar10")
+    parser.add_argument("--network", help="default: the task's own; run and try only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--set",
@@ -360,7 +373,8 @@ def main() -> None:
     state = arguments.state or cache.root() / "benchmarks"
     state.mkdir(parents=True, exist_ok=True)
     task = get_task(arguments.task or "mnist")
-    key = {"attack": arguments.attack, "task": task.name, "seed": arguments.seed}
+    network = arguments.network or task.network
+    key = {"attack": arguments.attack, "task": task.name, "network": network, "seed": arguments.seed}
     if not develop and not list(todo(NAME, [key])):
         print("this row is there already")
         return None
@@ -369,6 +383,7 @@ def main() -> None:
         arguments.attack,
         task,
         arguments.seed,
+        network=network,
         develop=develop,
         settings=settings,
         state=state,
