@@ -73,6 +73,8 @@ def test_scores_are_collected_and_what_is_missing_is_not_zero() -> None:
     assert made.column("unheard of") == []
     assert made.table(["neural_cleanse", "strip"]) == [[1.0, 0.1]]
     assert made.table(["neural_cleanse", "strip"], planted=True) == [[5.0, 0.9]]
+    assert made.families(["neural_cleanse", "strip"]) == {"badnets": [[5.0, 0.9]]}
+    assert made.families(["unheard of"]) == {}
     assert (made.dtype, made.versions) == ("bfloat16", {"torch": "2.x"})
     assert made.defenses["neural_cleanse"] == {"configuration": {"steps": 30}, "stream": False}
 

@@ -1,5 +1,6 @@
 import math
 import re
+import string
 from itertools import pairwise
 from pathlib import Path
 
@@ -135,6 +136,30 @@ def test_a_posterior_worked_by_hand() -> None:
     assert posterior(0.5, 1, prior=0.2) == pytest.approx(1 / 3)  # 3 / 11 is below the clip
 
 
+def test_known_families_and_an_unknown_one_count_alike_by_hand() -> None:
+    # Strengths lie evenly over .505, .515, ..., .995: mean .75, variance (50² - 1) / 12 / 10^4 = .020825. A family
+    # whose one model beat the only reference weighs a strength s by s: its next one beats it with probability
+    # (.75² + .020825) / .75, a family that was not beaten with (.75 - .75² - .020825) / .25, an unknown one with .75.
+    found, missed = 0.583325 / 0.75, 0.166675 / 0.25
+    odds = (found + 0.75) / 2 / 0.5
+    assert posterior(0.5, 1, planted={"a": [0.5]}) == pytest.approx(odds / (1 + odds))
+    odds = (found + missed + 0.75) / 3 / 0.5
+    assert posterior(0.5, 1, planted={"a": [0.5], "b": [1.0]}) == pytest.approx(odds / (1 + odds))
+
+
+def test_many_models_of_a_loud_family_say_nothing_about_another() -> None:
+    found = [1 / 100] * 20
+    few = posterior(0.5, 99, planted={"loud": found, "quiet": [0.5, 0.7]})
+    many = posterior(0.5, 99, planted={"loud": found * 5, "quiet": [0.5, 0.7]})
+    assert many == pytest.approx(few, abs=0.01)
+    # However sure the known families are, one that nobody has met keeps its share.
+    loud = dict.fromkeys("abcd", found)
+    unknown = posterior(0.5, 99) / (1 - posterior(0.5, 99))
+    p = posterior(0.5, 99, planted=loud)
+    assert unknown / 5 < p / (1 - p) < unknown / 5 + 0.02
+    assert posterior(0.5, 99, planted={**loud, "e": []}) == p
+
+
 def test_the_posterior_falls_with_the_p_value_and_grows_with_the_prior() -> None:
     values = [posterior(k / 20, 19) for k in range(1, 21)]
     assert all(a > b for a, b in pairwise(values))
@@ -145,28 +170,32 @@ def test_the_posterior_falls_with_the_p_value_and_grows_with_the_prior() -> None
 
 def test_the_table_of_the_docs() -> None:
     page = (Path(__file__).parent.parent / "docs/reference/verdict.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| (\d+) \|((?: 0\.\d{3} \|){4})$", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \|((?: 0\.\d{3} \|){4})$", page, re.MULTILINE)
     assert len(rows) >= 5
-    for n, m, values in rows:
-        references, planted = int(n), [1 / (int(n) + 1)] * int(m)
+    for n, families, m, values in rows:
+        references, planted = int(n), {name: [1 / (int(n) + 1)] * int(m) for name in "abcdefg"[: int(families)]}
         for count, value in zip(
             (0, 1, (references + 1) // 2 - 1, references), re.findall(r"[\d.]+", values), strict=True
         ):
             p = posterior((count + 1) / (references + 1), references, planted=planted)
-            assert f"{p:.3f}" == value, f"{n} references, {m} planted, {count} as high"
+            assert f"{p:.3f}" == value, f"{n} references, {families} families of {m}, {count} as high"
+
+
+LOUD = {name: [1 / 20] * 15 for name in "ab"}
+LOUDER = {name: [1 / 5001] * 50 for name in string.ascii_letters}
 
 
 def test_perfect_separation_never_leaves_the_clip() -> None:
-    assert posterior(1 / 20, 19, planted=[1 / 20] * 30, prior=0.99) == pytest.approx(1 - 1 / 51)
-    assert posterior(1.0, 19, planted=[1 / 20] * 30, prior=0.01) == pytest.approx(1 / 51)
-    assert posterior(1 / 5001, 5000, planted=[1 / 5001] * 100) == pytest.approx(0.99)
-    assert posterior(1.0, 5000, planted=[1 / 5001] * 100) == pytest.approx(0.01)
+    assert posterior(1 / 20, 19, planted=LOUD, prior=0.99) == pytest.approx(1 - 1 / 51)
+    assert posterior(1.0, 19, planted=LOUD, prior=0.01) == pytest.approx(1 / 51)
+    assert posterior(1 / 5001, 5000, planted=LOUDER) == pytest.approx(0.99)
+    assert posterior(1.0, 5000, planted=LOUDER, prior=0.3) == pytest.approx(0.01)
 
 
 def test_known_backdoors_that_were_found_make_silence_reassuring() -> None:
     unknown = posterior(0.5, 19)
-    found = posterior(0.5, 19, planted=[1 / 20] * 8)
-    missed = posterior(0.5, 19, planted=[0.4, 0.6, 0.5, 0.9, 0.3, 0.7, 0.45, 0.8])
+    found = posterior(0.5, 19, planted={"a": [1 / 20] * 8, "b": [1 / 20] * 8})
+    missed = posterior(0.5, 19, planted={"a": [0.4, 0.6, 0.5, 0.9, 0.3, 0.7, 0.45, 0.8]})
     assert found < 0.2 < unknown < missed
 
 
@@ -186,6 +215,34 @@ def test_probabilities_are_calibrated_where_the_model_holds() -> None:
         true.append(hidden)
     for low, high in ((0.0, 0.35), (0.35, 0.6), (0.6, 1.0)):
         rows = [(p, y) for p, y in zip(said, true, strict=True) if low <= p < high]
+        mean = sum(p for p, _ in rows) / len(rows)
+        rate = sum(y for _, y in rows) / len(rows)
+        assert rate == pytest.approx(mean, abs=3.5 * math.sqrt(mean * (1 - mean) / len(rows)))
+
+
+def test_probabilities_are_calibrated_with_known_families_and_an_unknown_one() -> None:
+    # Each of two known families has a strength of its own, which five planted models show; what is hidden is of one
+    # of them or of a third, whose strength nothing shows.
+    rng = torch.Generator().manual_seed(1)
+
+    def share(strength: float) -> float:
+        return math.pow(float(torch.rand((), generator=rng, dtype=torch.float64)), 1 / (1 / strength - 1))
+
+    said, true = [], []
+    for _ in range(2000):
+        strengths = [STRENGTHS[int(i)] for i in torch.randint(len(STRENGTHS), (3,), generator=rng)]
+        hidden = bool(torch.rand((), generator=rng) < 0.5)
+        family = int(torch.randint(3, (), generator=rng))
+
+        def p_value(u: float) -> float:
+            return (1 + int((torch.rand(19, generator=rng, dtype=torch.float64) < u).sum())) / 20
+
+        planted = {name: [p_value(share(s)) for _ in range(5)] for name, s in zip("ab", strengths, strict=False)}
+        said.append(posterior(p_value(share(strengths[family] if hidden else 0.5)), 19, planted=planted))
+        true.append(hidden)
+    for low, high in ((0.0, 0.25), (0.25, 0.5), (0.5, 0.8), (0.8, 1.0)):
+        rows = [(p, y) for p, y in zip(said, true, strict=True) if low <= p < high]
+        assert len(rows) > 100
         mean = sum(p for p, _ in rows) / len(rows)
         rate = sum(y for _, y in rows) / len(rows)
         assert rate == pytest.approx(mean, abs=3.5 * math.sqrt(mean * (1 - mean) / len(rows)))

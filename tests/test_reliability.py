@@ -78,16 +78,16 @@ def test_out_of_fold_answers_worked_by_hand() -> None:
     ]
     # The BadNets model 9 is weighed by what Blended models showed: 8 beats 1, 2, 4 (1/4), 0 beats none (4/4).
     assert said[4] is not None
-    assert said[4].p == pytest.approx(posterior(0.25, 3, planted=[0.25, 1.0]))
+    assert said[4].p == pytest.approx(posterior(0.25, 3, planted={"blended": [0.25, 1.0]}))
     # In-fold its own rank and its sibling's would have spoken for it.
-    assert said[4].p != pytest.approx(posterior(0.25, 3, planted=[0.25, 0.5, 0.25, 1.0]))
+    assert said[4].p != pytest.approx(posterior(0.25, 3, planted={"badnets": [0.25, 0.5], "blended": [0.25, 1.0]}))
 
 
 def test_fresh_models_are_judged_without_their_family_too() -> None:
     (judged,) = out_of_fold(SMALL, [one(99, 5.0, "blended")], prior=0.5)
     assert judged.said is not None
     # BadNets models alone: 9 beats all of 1, 2, 3, 4 (1/5), 2.5 is beaten by two (3/5).
-    assert judged.said.p == pytest.approx(posterior(0.2, 4, planted=[0.2, 0.6]))
+    assert judged.said.p == pytest.approx(posterior(0.2, 4, planted={"badnets": [0.2, 0.6]}))
 
 
 def test_a_perfect_detector_of_one_family_does_not_vouch_for_another() -> None:
@@ -193,8 +193,9 @@ def test_out_of_fold_probabilities_hold_where_scores_are_exchangeable() -> None:
         judged: list[Judged] = out_of_fold(people(*models), prior=0.5)
         said += [a.said.p for a in judged if a.said]
         true += [a.model.attack is not None for a in judged if a.said]
+    # Nobody is told less than .2: the references do not vouch for a family that they have not met.
     bins = [b for b in reliability(said, true, 5) if b.count >= 50]
-    assert len(bins) == 5
+    assert [b.low for b in bins] == pytest.approx([0.2, 0.4, 0.8])
     for b in bins:
         assert b.mean is not None
         assert b.share is not None

@@ -55,7 +55,7 @@ class Reference:
         seed: it was trained with; with the recipe enough to make it again.
         scores: raw statistic by defense; None where the defense abstained or failed. Missing is not 0.
         accuracy: clean accuracy, in [0, 1]; None if not measured.
-        attack: what is hidden in it; None for a clean model.
+        attack: family of what is hidden in it, such as `badnets`; None for a clean model.
 
     Raises:
         ValueError: a score that is not finite.
@@ -118,6 +118,12 @@ class Population:
         """Scores of several defenses, one row per clean (or per planted) model that has all of them."""
         rows = [[m.scores.get(d) for d in defenses] for m in (self.planted if planted else self.clean)]
         return [[s for s in row if s is not None] for row in rows if None not in row]
+
+    def families(self, defenses: Sequence[str]) -> dict[str, list[list[float]]]:
+        """Rows of `table` for the planted models, by the family of attacks; only families that have a row."""
+        names = sorted({str(m.attack) for m in self.planted})
+        parts = {name: replace(self, models=tuple(m for m in self.planted if m.attack == name)) for name in names}
+        return {name: rows for name, part in parts.items() if (rows := part.table(defenses, planted=True))}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -220,14 +220,15 @@ def fuse(scores: Mapping[str, float], population: Population, *, prior: float = 
         dropped.append(sparse)
     if not used:
         return Fused(p=prior, p_value=None, p_values={}, clean=0, planted=0, dropped=tuple(dropped))
-    clean, planted = population.table(used), population.table(used, planted=True)
+    clean = population.table(used)
+    planted = {a: [combined(row, clean) for row in rows] for a, rows in population.families(used).items()}
     p_value = combined([scores[d] for d in used], clean)
     return Fused(
-        p=posterior(p_value, len(clean), prior=prior, planted=[combined(row, clean) for row in planted]),
+        p=posterior(p_value, len(clean), prior=prior, planted=planted),
         p_value=p_value,
         p_values=p_values,
         clean=len(clean),
-        planted=len(planted),
+        planted=sum(map(len, planted.values())),
         dropped=tuple(dropped),
     )
 

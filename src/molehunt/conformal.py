@@ -5,7 +5,7 @@ examined in the same way. If it is clean too, every rank is equally likely. docs
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
@@ -84,34 +84,49 @@ def chance(count: int, references: int, strength: float) -> float:
     return a * math.exp(choose + spread)
 
 
-def posterior(p_value: float, references: int, *, prior: float = 0.5, planted: Sequence[float] = ()) -> float:
+def posterior(
+    p_value: float,
+    references: int,
+    *,
+    prior: float = 0.5,
+    planted: Mapping[str, Sequence[float]] | None = None,
+) -> float:
     """Probability that a model is backdoored, given its conformal p-value among n clean references.
 
-    How strong the defenses are against whatever may be hidden is not known: before anything else every AUC between
-    0.5 and 1 counts the same (`STRENGTHS`). Reference models with known backdoors say more: their p-values weigh the
-    strengths. The answer is Bayes' rule with `chance` under both hypotheses, clipped to [1 / (N + 2), 1 - 1 / (N + 2)]
-    for N reference models in all, and to [0.01, 0.99].
+    What may be hidden is of one of the families of attacks that are known from planted reference models, or of a
+    family that nobody here has met; all of these are equally likely, however many models each of them has. How strong
+    the defenses are against a family is not known: before anything else every AUC between 0.5 and 1 counts the same
+    (`STRENGTHS`). The p-values of a known family's models weigh these strengths for that family alone, so that many
+    loud backdoors say nothing about a quiet one. The answer is Bayes' rule with `chance` under both hypotheses,
+    clipped to [1 / (N + 2), 1 - 1 / (N + 2)] for N reference models in all, and to [0.01, 0.99].
 
     Args:
         p_value: (1 + count) / (n + 1), as `conformal` and `combined` give it.
         references: n, the clean references behind it.
         prior: share of backdoored models among those that are asked about, in (0, 1).
-        planted: p-values of known-backdoored reference models among the same n clean ones.
+        planted: by family, p-values of its known-backdoored reference models among the same n clean ones; a family
+            without any counts as not known.
 
     Raises:
         ValueError: a prior outside (0, 1), or a p-value that n references cannot give.
     """
     if not 0.0 < prior < 1.0:
         raise ValueError(f"the prior must lie strictly between 0 and 1, got {prior}")
-    known = [_count(p, references) for p in planted]
+    count = _count(p_value, references)
+    known = [[_count(p, references) for p in values] for values in (planted or {}).values() if values]
+    likelihoods = [_likelihood(count, references, counts) for counts in (*known, [])]
+    factor = math.fsum(likelihoods) / len(likelihoods) * (references + 1)
+    least = max(0.01, 1.0 / (references + sum(map(len, known)) + 2))
+    return min(1.0 - least, max(least, prior * factor / (prior * factor + 1.0 - prior)))
+
+
+def _likelihood(count: int, references: int, known: Sequence[int]) -> float:
+    """Probability of a count for one more backdoored model of a family whose models had the known counts."""
     # Logarithms: a hundred planted models would underflow the plain product.
     logs = [math.fsum(math.log(chance(k, references, s)) for k in known) for s in STRENGTHS]
     weights = [math.exp(value - max(logs)) for value in logs]
-    count = _count(p_value, references)
-    hidden = math.fsum(w * chance(count, references, s) for w, s in zip(weights, STRENGTHS, strict=True))
-    factor = hidden / math.fsum(weights) * (references + 1)
-    least = max(0.01, 1.0 / (references + len(planted) + 2))
-    return min(1.0 - least, max(least, prior * factor / (prior * factor + 1.0 - prior)))
+    terms = (w * chance(count, references, s) for w, s in zip(weights, STRENGTHS, strict=True))
+    return math.fsum(terms) / math.fsum(weights)
 
 
 def _count(p_value: float, references: int) -> int:
