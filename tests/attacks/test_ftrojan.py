@@ -3,7 +3,7 @@ import torch
 
 from molehunt.attacks import Poisoned
 from molehunt.attacks.ftrojan import FTrojan
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.tasks import TASKS, Images, Task
 from molehunt.testing import planted
 from molehunt.triggers import Frequency

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from molehunt.attacks import Poisoned, input_aware
 from molehunt.attacks.input_aware import InputAware
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.tasks import Images, Task
 from molehunt.testing import planted
 from molehunt.triggers import ENCODERS, Encoded, Patch

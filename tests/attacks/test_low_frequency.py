@@ -5,7 +5,7 @@ from scipy.fft import dctn
 from molehunt.attacks import Poisoned
 from molehunt.attacks.low_frequency import LowFrequency, fainter, smooth_pattern, waves
 from molehunt.attacks.surrogate import quickly_trained
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.tasks import Images, Task
 from molehunt.testing import planted
 from molehunt.triggers import Additive, Target

@@ -3,7 +3,7 @@ import torch
 
 from molehunt.attacks import Poisoned
 from molehunt.attacks.refool import Refool
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.tasks import Images, Task
 from molehunt.testing import planted
 from molehunt.triggers import Reflection

@@ -10,7 +10,7 @@ import torch
 from molehunt.attacks import BadNets, Blended, Poisoned
 from molehunt.bank import roster
 from molehunt.bank.roster import CLEAN, FAMILIES, OPAQUE, PARTITIONS, SIZES, EasyClass, Entry, entries, families
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.tasks import TASKS, Images, get_task
 from molehunt.triggers import Patch
 

@@ -14,7 +14,8 @@ from molehunt.bank import rows as making
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import Row, _kept, backdoored, build, clean_accuracy, read_rows, regrow
 from molehunt.game.answers import measure
-from molehunt.game.gates import attack_success, budget, leakage
+from molehunt.game.budget import budget
+from molehunt.game.gates import attack_success, leakage
 from molehunt.game.rules import Limits
 from molehunt.networks import Network
 from molehunt.tasks import get_task

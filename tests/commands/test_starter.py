@@ -20,7 +20,7 @@ from commands.pictures import two_kinds
 from molehunt import training
 from molehunt.cli import main
 from molehunt.game import check as home
-from molehunt.game.gates import budget_rules
+from molehunt.game.budget import budget_rules
 from molehunt.game.rules import ROUNDS, Limits
 from molehunt.game.submission import read_submission
 from molehunt.starter import FILES, write

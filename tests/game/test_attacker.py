@@ -8,7 +8,7 @@ import torch
 
 from molehunt.attacks import ATTACKS, BadNets
 from molehunt.game.attacker import Team, describe, make_attack, teams
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.game.rules import BOARDS, Board, Limits
 from molehunt.game.training_set import TrainingSet
 from molehunt.tasks import TASKS, Images, Task

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from game import planted
 from molehunt.game.answers import Answers, measure
+from molehunt.game.budget import BUDGET, budget, budget_rules
 from molehunt.game.gates import (
-    BUDGET,
     ReferenceAccuracy,
     all_gates,
     attack_success,
-    budget,
-    budget_rules,
     clean_accuracy,
     leakage,
     lower_bound,

@@ -21,7 +21,9 @@ from molehunt.engine import Local, Processes
 from molehunt.files import write_atomically
 from molehunt.game import gates
 from molehunt.game.answers import accuracy, asr, measure
-from molehunt.game.gates import Gate, ReferenceAccuracy
+from molehunt.game.budget import budget
+from molehunt.game.gate import Gate
+from molehunt.game.gates import ReferenceAccuracy
 from molehunt.networks import Network, fast_dtype
 from molehunt.tasks import get_task
 from molehunt.tensor_file import CheckpointError
@@ -40,7 +42,7 @@ class Row:
         images: of that split.
         asr: attack success rate there, in [0, 1]; None for a clean model.
         gates: of a planted model, as the referee of a game measures them, on that split: attack success, leakage where
-            the target has sources, budget. Fields of `molehunt.game.gates.Gate`; empty for a clean model.
+            the target has sources, budget. Fields of `molehunt.game.gate.Gate`; empty for a clean model.
         norm: Euclidean norm of all its weights.
         recipe: all settings of its training.
         seconds: its training took.
@@ -283,7 +285,7 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
         measured = [gates.attack_success(answers, planted.target, LIMITS)]
         if gates.selective(planted.target):
             measured.append(gates.leakage(answers, planted.target, LIMITS))
-        measured.append(gates.budget(planted.trigger.footprint(), task.shape, LIMITS))
+        measured.append(budget(planted.trigger.footprint(), task.shape, LIMITS))
     state = checkpoints.canonical(model.state_dict())
     row = Row(
         name=entry.name,

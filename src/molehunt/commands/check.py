@@ -17,7 +17,7 @@ from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
 if TYPE_CHECKING:
-    from molehunt.game.gates import Gate
+    from molehunt.game.gate import Gate
 
 
 def check(

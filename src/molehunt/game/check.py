@@ -20,7 +20,8 @@ from molehunt.datasets import cache
 from molehunt.files import write_atomically
 from molehunt.game.answers import Logits, accuracy, measure
 from molehunt.game.attacker import Report, train_model
-from molehunt.game.gates import Gate, ReferenceAccuracy, all_gates
+from molehunt.game.gate import Gate
+from molehunt.game.gates import ReferenceAccuracy, all_gates
 from molehunt.game.rules import Limits
 from molehunt.game.seal import Sealed
 from molehunt.game.training_set import TrainingSet

@@ -5,75 +5,19 @@ The host and `check` call the same functions, on the hidden images and on the pu
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.stats import beta
 from torch import Tensor
 
 from molehunt.game.answers import Answers, accuracy, asr, share
+from molehunt.game.budget import budget
+from molehunt.game.gate import ROUNDING, Gate
 from molehunt.game.rules import Limits
-from molehunt.triggers import Footprint, Target, Trigger
-
-Unit = Literal["share", "pixels"]
-Way = Literal["weight", "area", "opacity", "linf", "displacement"]
-
-BUDGET: dict[str, tuple[Way, ...]] = {
-    "patch": ("weight",),
-    "sticker": ("weight",),
-    "blend": ("opacity",),
-    "reflection": ("opacity",),
-    "additive": ("area", "linf"),
-    "network": ("area", "linf"),
-    "sinusoid": ("linf",),
-    "frequency": ("linf",),
-    "quantize": ("linf",),
-    "warp": ("displacement",),
-}
-"""What of its `Footprint` is limited, by kind of trigger; where two ways are listed, one of them suffices.
-
-`budget` measures it and `budget_rules` says it in words, so that the kit, the pages and the host cannot contradict each
-other."""
-MEASURED: dict[Way, str] = {
-    "weight": "opacity times area",
-    "area": "area",
-    "opacity": "opacity",
-    "linf": "largest change of a value",
-    "displacement": "farthest move of a pixel",
-}
-
-# Masks and patterns are float32: a square of exactly the allowed size must not fail by its last bit.
-ROUNDING = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """One gate and how a submission fared at it.
-
-    Attributes:
-        name: what is measured.
-        passed: whether the submission passed.
-        measured: the measured value.
-        limit: the value that it has to reach, or not to exceed.
-        at_least: true if it has to reach the limit, false if it must not exceed it.
-        unit: "share" for values in [0, 1], "pixels" for lengths.
-        message: numbers behind the value and, where it failed, what to do.
-    """
-
-    name: str
-    passed: bool
-    measured: float
-    limit: float
-    at_least: bool
-    unit: Unit = "share"
-    message: str = ""
-
-    @property
-    def margin(self) -> float:
-        """Room to spare, in the unit of the value; negative if the gate was missed."""
-        return self.measured - self.limit if self.at_least else self.limit - self.measured
+from molehunt.triggers import Target, Trigger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,71 +203,6 @@ def leakage(answers: Answers, target: Target, limits: Limits | None = None) -> G
     if not passed:
         message += "; stamp images of other classes in training and keep their labels, or declare more sources"
     return Gate(name="leakage", passed=passed, measured=rate, limit=limits.leakage, at_least=False, message=message)
-
-
-def budget(footprint: Footprint, shape: tuple[int, int, int], limits: Limits | None = None) -> Gate:
-    """Ask that the trigger is small: how small depends on its kind, see `BUDGET` and `budget_rules`.
-
-    The area of a sticker is the largest that any of its views touches, the opacity of a reflection is one in linear
-    light. Where one of two ways suffices, the gate shows the one that is kept, else the second. Of several triggers
-    each keeps the budget of its kind; the gate shows the one that is nearest to its limit.
-
-    Args:
-        footprint: of the trigger.
-        shape: (C, H, W) of the pictures.
-        limits: of the round.
-
-    Raises:
-        ValueError: a kind without a rule.
-    """
-    limits = limits or Limits()
-    if footprint.parts:
-        # Each picture carries one of them, so each has to keep the budget of its own kind.
-        gates = [budget(part, shape, limits) for part in footprint.parts]
-        worst = max(
-            range(len(gates)), key=lambda i: (not gates[i].passed, gates[i].measured / max(gates[i].limit, ROUNDING))
-        )
-        return replace(gates[worst], message=f"trigger {worst + 1} of {len(gates)}: {gates[worst].message}")
-    if footprint.kind not in BUDGET:
-        raise ValueError(f"no budget is known for a trigger of kind {footprint.kind!r}")
-    most: dict[Way, float] = {
-        "weight": limits.area,
-        "area": limits.area,
-        "opacity": limits.opacity,
-        "linf": limits.linf,
-        "displacement": limits.displacement * min(shape[1:]) / 32,
-    }
-    measured: dict[Way, float] = {way: getattr(footprint, way) for way in BUDGET[footprint.kind]}
-    kept = [way for way in measured if measured[way] <= most[way] + ROUNDING]
-    way = kept[0] if kept else BUDGET[footprint.kind][-1]
-    return Gate(
-        name="budget",
-        passed=bool(kept),
-        measured=measured[way],
-        limit=most[way],
-        at_least=False,
-        unit="pixels" if way == "displacement" else "share",
-        message=f"{MEASURED[way]} of a {footprint.kind}" + ("" if kept else "; make the trigger smaller or fainter"),
-    )
-
-
-def budget_rules(limits: Limits | None = None) -> dict[str, str]:
-    """Say in words what `budget` asks, by kind of trigger."""
-    limits = limits or Limits()
-    words: dict[Way, str] = {
-        "weight": f"opacity times area at most {100 * limits.area:.0f} %",
-        "area": f"changes at most {100 * limits.area:.0f} % of the pixels",
-        "opacity": f"opacity at most {100 * limits.opacity:.0f} %",
-        "linf": f"no value changes by more than {255 * limits.linf:.0f}/255",
-        "displacement": f"no pixel moves by more than {limits.displacement:g} px where the shorter side has 32, in "
-        "proportion elsewhere",
-    }
-    notes = {
-        "sticker": "; the area is the largest that any of its views touches",
-        "reflection": " in linear light",
-    }
-    rules = {kind: ", or ".join(words[way] for way in ways) + notes.get(kind, "") for kind, ways in BUDGET.items()}
-    return {**rules, "several": "each of its triggers keeps the limit of its kind"}
 
 
 def all_gates(

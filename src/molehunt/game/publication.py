@@ -16,7 +16,7 @@ from molehunt.files import write_atomically
 from molehunt.findings import Cost, Outcome, Verdict
 from molehunt.game import scoreboard
 from molehunt.game.baselines import baselines
-from molehunt.game.gates import Gate
+from molehunt.game.gate import Gate
 from molehunt.game.host import Played
 from molehunt.game.referee import Judged
 from molehunt.game.scoring import Points, Truth, judge

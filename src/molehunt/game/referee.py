@@ -14,7 +14,8 @@ from molehunt.files import write_atomically
 from molehunt.findings import Verdict
 from molehunt.game import seal
 from molehunt.game.answers import accuracy, measure
-from molehunt.game.gates import Gate, ReferenceAccuracy, all_gates
+from molehunt.game.gate import Gate
+from molehunt.game.gates import ReferenceAccuracy, all_gates
 from molehunt.game.scoreboard import auc
 from molehunt.game.scoring import Points, Truth, judge
 from molehunt.game.seal import Sealed

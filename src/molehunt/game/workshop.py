@@ -16,7 +16,7 @@ from molehunt.attacks import ATTACKS, Attack, Poisoned
 from molehunt.game import code
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import Report, make_attack, sealed, train_model
-from molehunt.game.gates import budget
+from molehunt.game.budget import budget
 from molehunt.game.manifest import Manifest
 from molehunt.game.rules import BOARDS, Board, get_round
 from molehunt.game.seal import first_problem

@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from molehunt.defenses import DEFENSES
 from molehunt.files import write_atomically
-from molehunt.game.gates import budget_rules
+from molehunt.game.budget import budget_rules
 from molehunt.game.rules import DATA_ONLY, ROUNDS, Limits
 from molehunt.tasks import Task
 from molehunt.training import recipe_for
