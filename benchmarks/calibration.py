@@ -102,10 +102,15 @@ def null(known: Path, fresh: Path) -> None:
                 spread={"min": min(d.p_value for d in found.defenses), "max": max(d.p_value for d in found.defenses)},
                 command=command, note="spread: p before the correction",
             ),
-            f"{about}, fresh clean models, false positives at {found.level:.0%}": Figure(
-                value=a.count, unit=f"of {a.models}", goal=a.high, better="lower",
-                spread=f"expected {a.low} to {a.high} (beta-binomial, 95 %)", command=command,
-                note="inside" if a.expected else "outside",
+            # How far outside: a count below the interval is as wrong as one above it.
+            f"{about}, fresh clean models, false positives at {found.level:.0%} outside of what is expected": Figure(
+                value=max(a.low - a.count, a.count - a.high, 0) if a.possible else None, unit="models", goal=0,
+                better="lower", spread=f"{a.count} of {a.models}, expected {a.low} to {a.high} (beta-binomial, 95 %)",
+                command=command,
+            ),
+            f"{about}, defenses that could not be checked on fresh clean models": Figure(
+                value=len(found.left_out), unit="defenses", goal=0, better="lower", command=command,
+                note="; ".join(f"{name}: {why}" for name, why in found.left_out.items()),
             ),
         },
     )  # fmt: skip

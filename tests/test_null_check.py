@@ -8,7 +8,7 @@ import torch
 from scipy.stats import betabinom
 
 from molehunt.calibration import Population, Reference
-from molehunt.null_check import expected_alarms, holm, null_check
+from molehunt.null_check import count_alarms, expected_alarms, holm, null_check
 
 SETTINGS = {"configuration": {}, "stream": False}
 
@@ -63,6 +63,21 @@ def test_a_defense_that_lost_its_fresh_scores_is_named_and_nothing_holds() -> No
     assert found.left_out == {"b": "fresh models: only 1 of 3 clean reference models have a score of it"}
     assert not found.holds
     assert null_check(known, people({"a": [1.5, 2.5, 3.5], "b": [2.0, 4.0, 6.0]}, first=10), level=0.25).holds
+
+
+def test_where_no_alarm_could_be_raised_nothing_holds() -> None:
+    # Fifteen references can say 1/16 at least, which is more than 5 %.
+    few = null_check(normal(15, 1), normal(30, 2))
+    assert (few.alarms.count, few.alarms.low, few.alarms.high) == (0, 0, 0)
+    assert not few.alarms.possible
+    assert not few.holds
+    # No fresh model has a score of both.
+    column = [float(i) for i in range(30)]
+    known = people({"a": column, "b": column})
+    fresh = people({"a": [None if i % 2 and i < 12 else i + 0.5 for i in range(30)], "b": column}, first=100)
+    assert null_check(known, fresh).alarms.models == 24
+    assert count_alarms([], 30).possible is False
+    assert count_alarms([], 30).expected is False
 
 
 def test_holm_worked_by_hand() -> None:

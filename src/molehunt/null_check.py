@@ -37,8 +37,13 @@ class Alarms:
 
     @property
     def expected(self) -> bool:
-        """Whether the count lies between the two."""
-        return self.low <= self.count <= self.high
+        """Whether the count lies between the two; false where nothing could have been counted (`possible`)."""
+        return self.possible and self.low <= self.count <= self.high
+
+    @property
+    def possible(self) -> bool:
+        """Whether there is a model, and so many references that one of them could have reached the level."""
+        return self.models > 0 and _reach(self.references, self.level) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,8 @@ class NullCheck:
     def holds(self) -> bool:
         """Whether no defense tells the groups apart (`DIFFERENT`), and the combined alarms are as many as expected.
 
-        False if a defense could not be checked.
+        False if a defense could not be checked, or if no alarm could have been raised: too few references for the
+        level, or no fresh model that every defense scored.
         """
         return not self.left_out and self.alarms.expected and all(d.corrected > DIFFERENT for d in self.defenses)
 
@@ -186,11 +192,16 @@ def expected_alarms(references: int, models: int, level: float = LEVEL, share: f
     Returns:
         Lowest and highest count. (0, 0) where n references cannot give a p-value that small.
     """
-    reach = math.floor(level * (references + 1) + 1e-9)
+    reach = _reach(references, level)
     if reach == 0:
         return 0, 0
     spread = betabinom(models, reach, references + 1 - reach)
     return int(spread.ppf((1.0 - share) / 2)), int(spread.ppf((1.0 + share) / 2))
+
+
+def _reach(references: int, level: float) -> int:
+    """Number of ranks among the references whose p-value is at most the level."""
+    return math.floor(level * (references + 1) + 1e-9)
 
 
 def count_alarms(p_values: Sequence[float], references: int, level: float = LEVEL) -> Alarms:

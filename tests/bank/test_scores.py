@@ -188,6 +188,15 @@ class TestResuming:
         scoring({"heavy": Heavy()})
         assert scoring.fresh == [entry.name for entry in LISTED]
 
+    def test_scores_of_other_code_are_made_again(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        scoring = Scoring(folder)
+        scoring({"heavy": Heavy()})
+        scoring({"heavy": Heavy()})
+        assert scoring.fresh == []
+        monkeypatch.setattr(scores, "digest", lambda kind: f"other code of {kind.__name__}")
+        scoring({"heavy": Heavy()})
+        assert scoring.fresh == [entry.name for entry in LISTED]
+
     def test_the_recipe_is_recorded_with_its_settings(self, folder: Path) -> None:
         made = population(LISTED, folder, Scoring(folder)({"heavy": Heavy()}))
         assert made.recipe_name == "badnets_cnn"

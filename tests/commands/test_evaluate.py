@@ -13,7 +13,7 @@ from molehunt.bank import rows, scores
 from molehunt.bank.code import place_of
 from molehunt.cli import main
 from molehunt.commands.evaluate import _find
-from molehunt.defenses import STRIP, NeuralCleanse
+from molehunt.defenses import STRIP, FinePruning, NeuralCleanse
 from molehunt.game.rules import Limits
 
 CODE = """
@@ -180,11 +180,48 @@ class TestWhichCodeCounts:
         assert _find(self.NAME).folders == (package.parent.resolve(),)
         assert _find("strip").folders == ()
 
-    def test_of_ours_all_defenses_count(self) -> None:
-        from molehunt.bank.code import digest
+    def test_of_ours_the_file_counts_and_what_it_imports_from_beside_it(self) -> None:
+        from molehunt.bank.code import _files, digest
 
-        assert digest(STRIP) == digest(NeuralCleanse)
+        def names(kind: type) -> set[str]:
+            return {path.name for _, path in _files(kind)}
+
+        # A new defense, or a change of another one, leaves the scores of these valid.
+        assert names(STRIP) == {"strip.py"}
+        assert names(NeuralCleanse) == {"neural_cleanse.py", "_inversion.py", "_statistics.py"}
+        assert names(FinePruning) == {"fine_pruning.py", "_channels.py"}
+        assert digest(STRIP) != digest(NeuralCleanse)
         assert place_of("strip", STRIP) != place_of("neural_cleanse", NeuralCleanse)
+
+    def test_of_ours_what_is_imported_indirectly_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from molehunt.bank import code
+
+        (tmp_path / "one.py").write_text("from molehunt.defenses._two import x\n")
+        (tmp_path / "_two.py").write_text("def f():\n    from molehunt.defenses._three import y\n")
+        (tmp_path / "_three.py").write_text("y = 1\n")
+        (tmp_path / "_other.py").write_text("z = 1\n")
+        monkeypatch.setattr(code.inspect, "getfile", lambda _: str(tmp_path / "one.py"))
+        before = code.digest(STRIP)
+        (tmp_path / "_other.py").write_text("z = 2\n")
+        assert code.digest(STRIP) == before
+        (tmp_path / "_three.py").write_text("y = 2\n")
+        assert code.digest(STRIP) != before
+
+
+def test_references_in_another_number_format_are_refused(
+    bank: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "heavy_elsewhere.py").write_text(CODE)
+    command = ["evaluate", "heavy_elsewhere:Heavy", "--most", "2", "--not-isolated"]
+    assert main(["bank", "build", "--partition", "calibrate", "--most", "2"]) == 0
+    assert main(command) == 0
+    for path in bank.glob("scores-heavy_elsewhere*/calibrate-*"):
+        kept = json.loads(path.read_text())
+        path.write_text(json.dumps({**kept, "dtype": "another"}))
+    capsys.readouterr()
+    assert main(command) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "scored in another number format than the evaluation part: another" in said
 
 
 def test_a_pure_repair_has_no_auc(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:

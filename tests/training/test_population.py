@@ -14,7 +14,18 @@ from molehunt.networks import build
 from molehunt.tasks import Images, get_task
 from molehunt.training import Recipe, train
 from molehunt.training.layout import Layout, Trial, measure, rate
-from molehunt.training.population import Grown, Member, Plan, grow, read_block, start, train_population
+from molehunt.training.population import (
+    Grown,
+    Member,
+    Plan,
+    cut,
+    facts,
+    grow,
+    place,
+    read_block,
+    start,
+    train_population,
+)
 
 RECIPE = Recipe(epochs=1, least_images=60, batch=20, optimizer="adamw", lr=2e-3, precision="float32")
 LAYOUT = Layout(block=2)
@@ -123,12 +134,85 @@ def test_noise_comes_after_the_poison() -> None:
         replace(plan(), network="badnets_cnn"),
         replace(plan(), recipe=replace(RECIPE, lr=1e-3)),
         replace(plan(), members=tuple(replace(m, seed=m.seed + 1) for m in members())),
+        replace(plan(), members=(members()[0], replace(members()[1], poison=BadNets(target=3, poison_rate=0.5)))),
     ],
 )
 def test_a_folder_of_another_population_is_refused_before_anything_is_trained(tmp_path: Path, other: Plan) -> None:
     list(train_population(plan(), tmp_path, layout=LAYOUT))
     with pytest.raises(ValueError, match="another population"):
         list(train_population(other, tmp_path, engine=Dying(0)))
+
+
+def test_a_run_does_not_go_on_in_another_number_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        list(train_population(plan(), tmp_path, layout=LAYOUT, engine=Dying(1)))
+    monkeypatch.setattr("molehunt.training.population.place", lambda _: "cuda bfloat16")
+    with pytest.raises(ValueError, match="was trained on cpu float32, this would go on on cuda bfloat16"):
+        list(train_population(plan(), tmp_path, engine=Dying(0)))
+    assert len(contents(tmp_path)) == 1
+    monkeypatch.undo()
+    list(train_population(plan(), tmp_path))
+    # A finished population is only read, wherever it was trained.
+    monkeypatch.setattr("molehunt.training.population.place", lambda _: "cuda bfloat16")
+    assert len(list(train_population(plan(), tmp_path, engine=Dying(0)))) == 5
+
+
+def test_the_place_is_that_of_the_recipe() -> None:
+    assert place(RECIPE) == "cpu float32"
+    assert place(replace(RECIPE, precision="fast")).startswith(("cpu ", "cuda "))
+
+
+def test_blocks_are_cut_where_recipes_or_sizes_change(tmp_path: Path) -> None:
+    own = replace(RECIPE, lr=1e-3)
+    mixed = [replace(m, recipe=own) if i in {1, 2} else m for i, m in enumerate(members(5))]
+    whole = replace(plan(), members=tuple(mixed))
+    assert [[m.seed for m in block] for block in cut(whole, 4)] == [[0], [1, 2], [3, 4]]
+    sized = replace(plan(recipe=replace(RECIPE, least_images=0)), members=tuple(
+        replace(m, subset=30 if i == 1 else 60) for i, m in enumerate(members(3))
+    ))  # fmt: skip
+    assert [[m.seed for m in block] for block in cut(sized, 4)] == [[0], [1], [2]]
+    assert [[m.seed for m in block] for block in cut(replace(sized, recipe=RECIPE), 2)] == [[0, 1], [2]]
+    assert len(list(train_population(sized, tmp_path, layout=Layout(block=2)))) == 3
+
+
+def test_before_the_first_block_another_layout_may_be_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        list(train_population(plan(2), tmp_path, layout=LAYOUT, engine=Dying(0)))
+    assert Layout.read(tmp_path / "layout.json") == LAYOUT
+    list(train_population(plan(2), tmp_path, layout=Layout(block=1)))
+    assert Layout.read(tmp_path / "layout.json") == Layout(block=1)
+    assert len(contents(tmp_path)) == 2
+
+
+@dataclass
+class Ahead:
+    """An engine whose workers finish everything before anybody reads; it says when it was closed."""
+
+    closed: bool = False
+
+    def map(self, function: Any, items: Iterable[Any]) -> Iterator[Any]:
+        done = [function(item) for item in items]
+        try:
+            yield from done
+        finally:
+            self.closed = True
+
+
+def test_progress_reaches_its_end_when_workers_are_ahead_and_work_ends_with_the_caller(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = Ahead()
+    list(train_population(plan(), tmp_path / "a", layout=LAYOUT, engine=engine, report=lambda *now: seen.append(now)))
+    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    engine = Ahead()
+    stops = iter([False, True])
+
+    def check() -> None:
+        if next(stops):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(train_population(plan(), tmp_path / "b", layout=LAYOUT, engine=engine, check=check))
+    assert engine.closed
 
 
 def test_another_layout_than_the_one_begun_with_is_refused(tmp_path: Path) -> None:
@@ -229,3 +313,10 @@ def test_the_task_decides_the_scale_of_the_input() -> None:
     twin = build("lenet5", task.shape, task.num_classes, mean=task.mean, std=task.std)
     assert torch.equal(network.normalize.mean, twin.normalize.mean)
     assert isinstance(task.load("train"), Images)
+
+
+def test_what_poisons_is_told_by_its_settings() -> None:
+    assert facts(BadNets(target=3, poison_rate=0.2)) != facts(BadNets(target=3, poison_rate=0.5))
+    assert facts(BadNets(target=3)) == facts(BadNets(target=3))
+    assert facts(None) is None
+    assert facts(start) == {"is": "start"}

@@ -1,5 +1,6 @@
 """Which code a defense is made of: scores of other code are scores of another defense."""
 
+import ast
 import hashlib
 import inspect
 import sys
@@ -21,8 +22,8 @@ def place_of(name: str, kind: type) -> str:
 def digest(kind: type) -> str:
     """SHA-256 of the code of a class, in hexadecimal: of the whole package that it lies in, else of its file.
 
-    Of a package every file counts, data too, for a defense may read them. For Molehunt's own defenses it is the package
-    `molehunt.defenses`, not all of Molehunt.
+    Of a package every file counts, data too, for a defense may read them. Of Molehunt's own defenses it is the file and
+    those files of `molehunt.defenses` that it imports, so that a new defense leaves the scores of the others valid.
     """
     sha = hashlib.sha256()
     for base, path in _files(kind):
@@ -43,6 +44,8 @@ def folders_of(kind: type) -> tuple[Path, ...]:
 def _files(kind: type) -> list[tuple[Path, Path]]:
     """Files that a class is made of, each after the folder that its name counts from."""
     package = _package(kind)
+    if package == OURS:
+        return _reached(kind)
     if package is None:
         path = Path(inspect.getfile(kind))
         return [(path.parent, path)]
@@ -52,6 +55,21 @@ def _files(kind: type) -> list[tuple[Path, Path]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     ]
+
+
+def _reached(kind: type) -> list[tuple[Path, Path]]:
+    """Files of `molehunt.defenses` that a defense of ours is made of: its own, and what is imported from there."""
+    folder = Path(inspect.getfile(kind)).parent
+    found, open_ = set[Path](), [Path(inspect.getfile(kind))]
+    while open_:
+        path = open_.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{OURS}."):
+                open_.append(folder / f"{str(node.module).removeprefix(f'{OURS}.')}.py")
+    return [(folder, path) for path in sorted(found)]
 
 
 def _package(kind: type) -> str | None:

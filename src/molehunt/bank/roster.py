@@ -3,8 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +13,8 @@ from molehunt.game.rules import Limits
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import Recipe, recipe_for
-from molehunt.training.population import Member, Plan, Poison, Prepared
-from molehunt.triggers import Patch, Sinusoid, Trigger
+from molehunt.training.population import Member, Plan, Poison, Prepared, facts
+from molehunt.triggers import Patch, Sinusoid
 
 # MUST be raised by whoever changes what a model of the bank is made of where its digest cannot see it: the code of an
 # attack or of a trigger, of the training, of a network, or of the draws below. Else rows of models that nobody can make
@@ -223,24 +222,13 @@ class Entry:
         It covers all settings of the recipe and of the attack, given triggers by content, and `FORMAT` for the code.
         """
         told = [FORMAT, self.task, self.network, self.name, self.kind, self.seed]
-        told += [self.recipe.to_json(), _facts(self.poison)]
+        told += [self.recipe.to_json(), facts(self.poison)]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def plan(self) -> Plan:
         """Return a population of this model alone."""
         member = Member(name=self.name, seed=self.seed, poison=self.poison)
         return Plan(task=self.task, network=self.network, recipe=self.recipe, members=(member,))
-
-
-def _facts(value: Any) -> Any:
-    """Write down an attack, an easy class or nothing: JSON values in which equal settings look equal."""
-    if isinstance(value, Trigger):
-        tensors = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in value.tensors().items()}
-        return {**value.to_json(), "tensors": tensors}
-    if is_dataclass(value) and not isinstance(value, type):
-        named = {field.name: _facts(getattr(value, field.name)) for field in fields(value)}
-        return {"is": type(value).__qualname__, **named}
-    return [_facts(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def entries(task: str, network: str, partition: str | None = None, *, most: int | None = None) -> tuple[Entry, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import molehunt
 from molehunt import strict_json
+from molehunt.bank.code import digest
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import Row, backdoored, poisoned, read_rows, regrow
 from molehunt.calibration import Population, Reference, recorded, settings, statistic
@@ -60,6 +61,7 @@ class Scored:
         name: of the model.
         weights: SHA-256 of its weights.
         asked: by defense that was asked, its configuration.
+        code: by defense that was asked, the SHA-256 of its code (`bank.code.digest`).
         scores: raw statistic by defense that answered; None for a pure repair.
         settings: by defense with a score, what must be equal for scores to be comparable.
         repairs: by defense that repaired the model, `accuracy` and, for a planted model, `asr`, on the public
@@ -76,6 +78,7 @@ class Scored:
     name: str
     weights: str
     asked: dict[str, Any]
+    code: dict[str, str]
     scores: dict[str, float | None]
     settings: dict[str, Any]
     repairs: dict[str, dict[str, list[float]]]
@@ -100,8 +103,8 @@ def score(
     """Let defenses score the models of a bank that they have not scored yet.
 
     A scored model is on disk before the next is looked at, below `place` in the folder. It is scored again if other
-    settings, another number of threads or other weights led to what is there, or if a defense failed. What is scored
-    depends on the model alone, so neither the engine nor an interruption changes it.
+    settings, other code of a defense, another number of threads or other weights led to what is there, or if a defense
+    failed. What is scored depends on the model alone, so neither the engine nor an interruption changes it.
 
     Args:
         listed: the models.
@@ -147,7 +150,7 @@ def kept(
     found = {}
     for entry, row in zip(listed, rows_of(listed, folder), strict=True):
         scored = read_scored(folder / place / f"{entry.name}.json")
-        if scored is not None and not scored.failed and _still_holds(scored, row, _asked(entry, defenses)):
+        if scored is not None and not scored.failed and _still_holds(scored, row, _for(entry, defenses)):
             found[entry.name] = scored
     return found
 
@@ -238,17 +241,18 @@ def read_scored(path: Path) -> Scored | None:
     return Scored(**kept) if kept.keys() == {f.name for f in fields(Scored)} else None
 
 
-def _asked(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Any]:
-    return {name: configuration(defense) for name, defense in _for(entry, defenses).items()}
-
-
 def _for(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Defense]:
     return {name: d for name, d in defenses.items() if name not in REPAIRS or entry.number < REPAIRED}
 
 
-def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Any]) -> bool:
+def _code(defenses: Mapping[str, Defense]) -> dict[str, str]:
+    return {name: digest(type(defense)) for name, defense in defenses.items()}
+
+
+def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Defense]) -> bool:
     # Through JSON, as the file went: a tuple comes back as a list.
-    same = kept.asked == json.loads(json.dumps(asked)) and kept.threads == torch.get_num_threads()
+    told = json.loads(json.dumps({name: configuration(defense) for name, defense in asked.items()}))
+    same = kept.asked == told and kept.code == _code(asked) and kept.threads == torch.get_num_threads()
     # Another release may score otherwise, and a file of scores has one number for each program.
     today = {"molehunt": molehunt.__version__, "torch": torch.__version__}
     same = same and all(kept.versions.get(name, text) == text for name, text in today.items())
@@ -276,7 +280,8 @@ def _score(entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Ins
     return Scored(
         name=entry.name,
         weights=row.weights,
-        asked=_asked(entry, defenses),
+        asked={name: configuration(defense) for name, defense in defenses.items()},
+        code=_code(defenses),
         scores={name: statistic(finding) for name, finding in found.items()},
         settings={name: settings(finding) for name, finding in found.items() if statistic(finding) is not None},
         repairs=_repairs(entry, suspect.model, found),

@@ -19,7 +19,9 @@ from molehunt.legible import legible
 
 if TYPE_CHECKING:
     from molehunt.bank.judgement import Judgement
+    from molehunt.bank.roster import Entry
     from molehunt.bank.scores import Scored
+    from molehunt.calibration import Population
     from molehunt.defenses import Defense
     from molehunt.null_check import Alarms
 
@@ -95,7 +97,7 @@ def evaluate(
                 clean = population.column(defense)
                 planted = [row[0] for row in population.table([defense], planted=True)]
                 told = judge(clean, planted, generator(0, "evaluate"))
-                compared = [s for a in answered[len(listed) :] if (s := a.scores.get(defense)) is not None]
+                compared = _comparable(known, where, answered[len(listed) :], population, defense)
                 false = alarms(compared, clean, LEVEL) if clean else None
                 others = aucs(listed, where, but=defense)
     shown = consoles.result()
@@ -111,6 +113,36 @@ def evaluate(
         if line:
             shown.print(line, soft_wrap=True)
     return DONE
+
+
+def _comparable(
+    known: "Sequence[Entry]",
+    where: Path,
+    answered: "Sequence[Scored]",
+    population: "Population",
+    defense: str,
+) -> list[float]:
+    """Scores of the clean references that can be compared with those of the evaluation part.
+
+    Raises:
+        ValueError: the references were scored in another number format, or in other settings.
+    """
+    if not known or not any(answer.settings for answer in answered):
+        return []
+    from molehunt.bank.scores import population as collected
+
+    references = collected(known, where, answered)
+    for what, here, there in (
+        ("number format", population.dtype, references.dtype),
+        ("settings", population.defenses.get(defense), references.defenses.get(defense)),
+    ):
+        if here != there:
+            raise ValueError(
+                f"the calibration part was scored in another {what} than the evaluation part: {there}, {here}; delete "
+                f"{where} and score both parts on one machine"
+            )
+    found: list[float] = references.column(defense)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from molehunt.engine import Engine
 from molehunt.files import write_atomically
-from molehunt.networks import Network, build
+from molehunt.networks import Network, build, fast_dtype
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training.batches import Stamp
 from molehunt.training.layout import Layout, measure
 from molehunt.training.recipes import Recipe
 from molehunt.training.together import train_together
 from molehunt.training.trainer import Trained, train
+from molehunt.triggers import Trigger
 
-FORMAT = "molehunt population 1"
+FORMAT = "molehunt population 2"
 
 
 class Prepared(Protocol):
@@ -56,7 +58,7 @@ class Member:
         subset_seed: draws the subset, so that members can share one.
         noise: standard deviation of Gaussian noise, one draw per training image, added after augmentation and
             poison; 0 for none. Values may leave [0, 1], as in randomized smoothing.
-        recipe: its own recipe; None for that of the plan. Members of one block have the same.
+        recipe: its own recipe; None for that of the plan. Neighbors with the same one can share a block.
     """
 
     name: str
@@ -94,9 +96,9 @@ class Plan:
             raise ValueError(f"members have the same name: {', '.join(twice)}")
 
     def fingerprint(self, members: Sequence[Member]) -> str:
-        """Name a block by what decides its bytes, short of the layout and what an attack does."""
+        """Name a block by what decides its bytes, short of the layout, the place and the code of an attack."""
         known = [
-            [m.name, m.seed, m.subset, m.subset_seed, m.noise, type(m.poison).__name__, m.recipe and m.recipe.to_json()]
+            [m.name, m.seed, m.subset, m.subset_seed, m.noise, facts(m.poison), m.recipe and m.recipe.to_json()]
             for m in members
         ]
         whole = {"task": self.task, "network": self.network, "recipe": self.recipe.to_json(), "members": known}
@@ -118,6 +120,29 @@ class Grown:
     network: Network
     losses: tuple[float, ...]
     seconds: float
+
+
+def facts(value: Any) -> Any:
+    """Write down what poisons a set: JSON values in which equal settings look equal, and others do not.
+
+    Dataclasses are their class and fields, triggers their content; any other callable is its name alone.
+    """
+    if isinstance(value, Trigger):
+        tensors = {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in value.tensors().items()}
+        return {**value.to_json(), "tensors": tensors}
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: facts(getattr(value, field.name)) for field in fields(value)}
+        return {"is": type(value).__qualname__, **named}
+    if callable(value):
+        return {"is": getattr(value, "__qualname__", type(value).__qualname__)}
+    return [facts(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def place(recipe: Recipe) -> str:
+    """Name what the bytes of a training depend on beside its plan: the kind of device, and the number format."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = fast_dtype(device) if recipe.precision == "fast" else torch.float32
+    return f"{device.type} {str(dtype).removeprefix('torch.')}"
 
 
 def start(plan: Plan, member: Member) -> tuple[Network, Images, Stamp | None, torch.Generator]:
@@ -208,24 +233,44 @@ def train_population(
     """
     folder.mkdir(parents=True, exist_ok=True)
     layout = _settle(plan, folder, layout)
-    blocks = [plan.members[i : i + layout.block] for i in range(0, len(plan.members), layout.block)]
+    blocks = list(cut(plan, layout.block))
     paths = [folder / f"block-{number:05d}.safetensors" for number in range(len(blocks))]
     missing = [(path, block) for path, block in zip(paths, blocks, strict=True) if not path.exists()]
+    awaited = {path for path, _ in missing}
+    there = len(plan.members) - sum(len(block) for _, block in missing)
     for path, block in zip(paths, blocks, strict=True):
         if path.exists():
-            _header(path, plan, block)  # refuse a foreign folder before hours are spent on it
-    done = len(plan.members) - sum(len(block) for _, block in missing)
+            # Refuse a foreign folder before hours are spent on it.
+            _header(path, plan, block, here=place(block[0].recipe or plan.recipe) if missing else None)
     if report:
-        report(done, len(plan.members))
+        report(there, len(plan.members))
     work = (engine or layout.engine()).map(partial(_grow_block, plan, layout.threads), missing)
-    for path, block in zip(paths, blocks, strict=True):
-        if check:
-            check()
-        while not path.exists():
-            done += next(work)
-            if report:
-                report(done, len(plan.members))
-        yield from read_block(path, plan, block)
+    try:
+        for path, block in zip(paths, blocks, strict=True):
+            if check:
+                check()
+            if path in awaited:
+                # Workers are ahead of whoever reads: what is there already is told of all the same, one by one.
+                there += next(work)
+                if report:
+                    report(there, len(plan.members))
+            yield from read_block(path, plan, block)
+    finally:
+        # Not when the garbage is collected: what still trains in other processes must end now.
+        if isinstance(work, Generator):
+            work.close()
+
+
+def cut(plan: Plan, size: int) -> Iterator[tuple[Member, ...]]:
+    """Cut the members into blocks of neighbors with one recipe and one number of training steps."""
+
+    def kind(member: Member) -> tuple[Recipe, int | None]:
+        recipe = member.recipe or plan.recipe
+        return recipe, None if recipe.least_images else member.subset
+
+    for _, alike in groupby(plan.members, kind):
+        run = tuple(alike)
+        yield from (run[i : i + size] for i in range(0, len(run), size))
 
 
 def read_block(path: Path, plan: Plan, members: Sequence[Member]) -> list[Grown]:
@@ -261,7 +306,12 @@ def _grow_block(plan: Plan, threads: int, item: tuple[Path, Sequence[Member]]) -
         for index, one in enumerate(grown)
         for name, value in one.network.state_dict().items()
     }
-    about = {"format": FORMAT, "fingerprint": plan.fingerprint(members), "losses": [one.losses for one in grown]}
+    about = {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint(members),
+        "place": place(members[0].recipe or plan.recipe),
+        "losses": [one.losses for one in grown],
+    }
     # Seconds go into a file of their own: the block's bytes must be those of any other run. One metadata key, because
     # safetensors writes several in a random order.
     seconds = json.dumps([one.seconds for one in grown])
@@ -270,7 +320,7 @@ def _grow_block(plan: Plan, threads: int, item: tuple[Path, Sequence[Member]]) -
     return len(members)
 
 
-def _header(path: Path, plan: Plan, members: Sequence[Member]) -> Mapping[str, Any]:
+def _header(path: Path, plan: Plan, members: Sequence[Member], *, here: str | None = None) -> Mapping[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["about"])
@@ -280,6 +330,11 @@ def _header(path: Path, plan: Plan, members: Sequence[Member]) -> Mapping[str, A
         raise ValueError(
             f"{path} belongs to another population (task, network, recipe or members differ); "
             "give this one a folder of its own"
+        )
+    if here is not None and about.get("place") != here:
+        raise ValueError(
+            f"{path} was trained on {about.get('place')}, this would go on on {here}: finish it there, or begin anew "
+            "in another folder"
         )
     return about
 
@@ -294,12 +349,17 @@ def _settle(plan: Plan, folder: Path, layout: Layout | None) -> Layout:
     path = folder / "layout.json"
     if path.exists():
         kept = Layout.read(path)
-        if layout is not None and (layout.block, layout.threads) != (kept.block, kept.threads):
+        if layout is None:
+            return kept
+        # Before the first block is finished nothing depends on it: what cannot be trained in blocks can start again.
+        begun = any(folder.glob("block-*.safetensors"))
+        if begun and (layout.block, layout.threads) != (kept.block, kept.threads):
             raise ValueError(
                 f"{folder} was begun in blocks of {kept.block} with {kept.threads} threads, not {layout.block} with "
                 f"{layout.threads}: go on with those, or use another folder"
             )
-        return layout or kept
+        if begun:
+            return layout
     if layout is None:
         task = get_task(plan.task)
         layout, rates = measure(plan.network, task.shape, task.num_classes, plan.recipe)
