@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +30,7 @@ import torch
 import molehunt
 from molehunt import bank, calibration
 from molehunt.bank import scores
+from molehunt.bank.roster import OPAQUE
 from molehunt.bank.rows import backdoored, folder_of
 from molehunt.commands.evaluation import Elsewhere
 from molehunt.datasets import cache
@@ -65,19 +66,22 @@ def restore(task: str, network: str, root: Path) -> Path:
 def adopt(task: str, network: str, folder: Path) -> None:
     """Keep the rows that are on disk alone: of models that were finished out of turn when a run was killed."""
     name = name_of(task, network)
-    known = [one["row"] for one in rows(name)]
+    kept = rows(name)
     for path in sorted([*folder.glob("*.json"), *folder.glob("scores/*.json")]):
-        row = json.loads(path.read_text())
-        if row not in known:
-            append(name, {"busy": None, "at": round(path.stat().st_mtime), "row": row})
+        row, at = json.loads(path.read_text()), round(path.stat().st_mtime)
+        alike = [one for one in kept if (one["row"]["name"], "asked" in one["row"]) == (row["name"], "asked" in row)]
+        # What was kept later, maybe by another machine, is newer than what lies here.
+        if not any(one["row"] == row or one.get("at", 0) > at for one in alike):
+            append(name, {"busy": None, "at": at, "row": row})
 
 
 def run(task: str, network: str, partition: str, most: int | None, jobs: int, root: Path) -> None:
     """Train the missing models of a partition and score them, and keep the rows."""
+    # First what is on disk alone, then the rest over it: a finished row must not be replaced by an older one.
+    adopt(task, network, folder_of(root, task, network))
     folder, name = restore(task, network, root), name_of(task, network)
     listed = bank.entries(task, network, partition, most=most)
     torch.set_num_threads(1)
-    adopt(task, network, folder)
 
     def keep(row: bank.Row | scores.Scored) -> None:
         append(name, {"busy": round(os.getloadavg()[0], 2), "at": round(time.time()), "row": asdict(row)})
@@ -117,6 +121,12 @@ def ship(task: str, network: str, root: Path) -> None:
     path = Path(molehunt.__file__).parent / "populations" / f"{task}-{network}.json"
     calibration.save(made, path)
     print(f"{path.name}: {len(made.clean)} clean models, {len(made.planted)} whose backdoor passes the gates")
+    shares = Counter(model.attack for model in made.planted)
+    opaque = sum(count for family, count in shares.items() if family in OPAQUE)
+    print(", ".join(f"{family} {count}" for family, count in shares.most_common()))
+    if opaque > len(made.planted) / 4:
+        # The roster has a quarter; the gates leave out other families more often. Who reads figures must know.
+        print(f"{opaque} of {len(made.planted)} backdoors are opaque patches, more than a quarter: say so on the page")
 
 
 def collect(root: Path) -> None:
@@ -128,12 +138,13 @@ def collect(root: Path) -> None:
         by_part: dict[str, list[bank.Row]] = defaultdict(list)
         for row in bank.read_rows(bank.entries(task, network), folder):
             by_part[row.partition].append(row)
+        torch.set_num_threads(1)
         for part, there in by_part.items():
-            figures |= figures_of(f"{task}, {network}, {part}", there, folder, task)
+            figures |= figures_of(f"{task}, {network}, {part}", there, folder, task, network)
     print(write("bank", figures).read_text())
 
 
-def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str) -> dict[str, Figure]:
+def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str, network: str) -> dict[str, Figure]:
     """The figures of one partition."""
     works = backdoored(there)
     command = f"python benchmarks/bank.py run --task {task} --partition {there[0].partition}"
@@ -158,7 +169,8 @@ def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str) -
         add(f"{kind}, passes the gates", passed, "share", sum(passed) / len(passed), f"{len(mine)} models")
         add(f"{kind}, ASR", [r.asr for r in mine if r.asr is not None], "share")
     add("training of one model", [r.seconds for r in there], "s", note="one thread, beside other work")
-    done = [s for r in there if (s := scores.read_scored(folder / "scores" / f"{r.name}.json")) is not None]
+    entries = {e.name: e for e in bank.entries(task, network)}
+    done = scores.kept([entries[r.name] for r in there], folder, everyone()).values()
     seconds: dict[str, list[float]] = defaultdict(list)
     for one in done:
         for name, cost in one.costs.items():

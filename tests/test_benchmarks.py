@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,40 @@ def test_a_model_that_was_finished_out_of_turn_before_a_kill_is_kept(load: Load,
     for _ in range(2):
         bank.adopt("mnist5k", "badnets_cnn", folder)
         assert [one["row"] for one in record.rows("bank-mnist5k-badnets_cnn")] == [first, second]
+
+
+def test_what_lies_on_disk_is_newer_than_what_was_kept_or_is_not_taken(load: Load, tmp_path: Path) -> None:
+    bank, record = load("bank"), load("record")
+    name = "bank-mnist5k-badnets_cnn"
+    now = round(time.time())
+    folder = tmp_path / "mnist5k-badnets_cnn"
+    (folder / "scores").mkdir(parents=True)
+    for number, at in ((0, now - 1000), (1, now + 1000)):
+        row = {"name": f"calibrate-clean-00{number}", "digest": "of an older format"}
+        record.append(name, {"busy": 0.0, "at": at, "row": row})
+        (folder / f"{row['name']}.json").write_text(json.dumps({**row, "digest": "here"}))
+    bank.adopt("mnist5k", "badnets_cnn", folder)
+    bank.restore("mnist5k", "badnets_cnn", tmp_path)
+    found = [json.loads((folder / f"calibrate-clean-00{n}.json").read_text())["digest"] for n in (0, 1)]
+    assert found == ["here", "of an older format"]
+
+
+def test_a_population_is_compared_image_by_image_and_a_short_one_counts_by_its_gate(load: Load) -> None:
+    population = load("population")
+    # Official: 2 models of 100 passes over 1 200 and 1 800 images in 30 s, so 1e-4 s an image. Ours: 8 models of 100
+    # passes over 1 200 in 24 s, 2.5e-5 s: four times, not (30 / 2) / (24 / 8) = 5 times.
+    row = {
+        "official": {"models": 2, "seconds": 30.0, "images": 300_000},
+        "equal": {"models": 8, "seconds": 24.0, "images": 960_000},
+        "short": {"models": 64, "seconds": 19.2, "images": 64 * 12_000},
+    }
+    assert population.ratio(row, "equal") == pytest.approx(4.0)
+    assert population.ratio(row, "short") == pytest.approx(40.0)
+    gate = {"auc": {"official": [0.9, 0.8]}, "permuted_95": {"official": 0.56}, "lower_95_one_sided": -0.01}
+    assert population.holds(gate)
+    assert not population.holds({**gate, "lower_95_one_sided": -0.03})
+    # Two classifiers that know nothing do not differ either.
+    assert not population.holds({**gate, "auc": {"official": [0.9, 0.5]}})
 
 
 def test_fine_pruning_is_tried_on_images_that_no_figure_uses(load: Load) -> None:
