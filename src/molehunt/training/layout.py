@@ -79,15 +79,18 @@ class Trial:
 
 
 def rate(trial: Trial) -> float:
-    """Return training images per second of this process, on random pictures; one warm-up round is not counted."""
+    """Return training images per second of this process, on random pictures; two warm-up rounds are not counted."""
     before = torch.get_num_threads()
     torch.set_num_threads(trial.threads)
     try:
         _train(trial, 1)
-        images, start = 0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < trial.seconds or not images:
-            images += _train(trial, 4)
-        return images / spent
+        start = time.perf_counter()
+        _train(trial, 4)
+        # One long round, not many short ones: building the networks must not weigh on what their steps cost.
+        steps = max(4, int(4 * trial.seconds / (time.perf_counter() - start)))
+        start = time.perf_counter()
+        images = _train(trial, steps)
+        return images / (time.perf_counter() - start)
     finally:
         torch.set_num_threads(before)
 
