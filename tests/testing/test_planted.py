@@ -41,12 +41,12 @@ def test_only_the_evidence_asked_for_is_granted() -> None:
     assert planted(grants=list(Access)).suspect.grants == frozenset(Access)
 
 
-def test_a_quarter_of_stream_and_training_set_carries_the_trigger() -> None:
+def test_a_quarter_of_the_stream_and_a_twentieth_of_the_training_set_carry_the_trigger() -> None:
     case = planted(grants=list(Access), target=4)
     training, inputs = case.suspect.training, case.suspect.inputs
     assert training is not None
     assert inputs is not None
-    assert int(case.inputs.sum()) == int(case.training.sum()) == 100
+    assert (int(case.inputs.sum()), int(case.training.sum())) == (100, 20)
     corner = case.trigger.mask[0] > 0
     for x, marked in ((inputs, case.inputs), (training.x, case.training)):
         bright = x[:, :, corner].mean((1, 2)) > 0.5

@@ -25,7 +25,8 @@ CONTRAST = 0.2  # prototypes are 0.5 plus or minus this
 NOISE = 0.08  # standard deviation of what a picture adds to its prototype
 SHARPNESS = 10.0  # logits between a picture's own class and the others
 BONUS = 100.0  # logits that the full trigger adds to the target, less the threshold
-STREAM = 0.25  # share of the stream, and of the training set, that carries the trigger, where sources allow
+STREAM = 0.25  # share of the stream that carries the trigger, where sources allow
+TRAINING = 0.05  # the same of the training set: a third of the target's class, as a poisoned set would have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,10 +117,10 @@ def planted(
 
     clean, hidden, stream, training = draw(images), draw(images), draw(images), draw(images)
     marked = []
-    for part in (stream, training):
+    for part, share in ((stream, STREAM), (training, TRAINING)):
         hit = torch.zeros(images, dtype=torch.bool)
         rows = goal.counts(part.y).nonzero().squeeze(1)
-        count = min(round(STREAM * images), len(rows) // 2)  # so that some of a source stay clean, to compare with
+        count = min(round(share * images), len(rows) // 2)  # so that some of a source stay clean, to compare with
         hit[rows[torch.randperm(len(rows), generator=rng)[:count]]] = True
         part.x[hit] = trigger(part.x[hit])
         marked.append(hit)
