@@ -143,8 +143,8 @@ def figures_of(title: str, kept: Sequence[dict[str, Any]], command: str) -> dict
         bad = [row for row in kept if row["name"] in works and family in {row["kind"], "all"}]
         if len(bad) < 2 or len(clean) < 2:
             continue
-        scores = [[row["score"] for row in part] for part in (clean, bad)]
-        found = judge(*scores, generator(0, title))
+        good, hidden = ([row["score"] for row in part] for part in (clean, bad))
+        found = judge(good, hidden, generator(0, title))
         figures[f"{title}, {family}, AUC"] = Figure(
             value=found.auc,
             unit="",

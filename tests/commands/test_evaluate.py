@@ -200,7 +200,7 @@ class TestWhichCodeCounts:
         (tmp_path / "_two.py").write_text("def f():\n    from molehunt.defenses._three import y\n")
         (tmp_path / "_three.py").write_text("y = 1\n")
         (tmp_path / "_other.py").write_text("z = 1\n")
-        monkeypatch.setattr(code.inspect, "getfile", lambda _: str(tmp_path / "one.py"))
+        monkeypatch.setattr("inspect.getfile", lambda _: str(tmp_path / "one.py"))
         before = code.digest(STRIP)
         (tmp_path / "_other.py").write_text("z = 2\n")
         assert code.digest(STRIP) == before
