@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 		{ echo "Molehunt needs Python 3.11 or newer; call make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check \
-		--editable '.[dev,zoo]'
+		--editable '.[dev,zoo,dp]'
 	@touch $(READY)
 
 play: $(READY)

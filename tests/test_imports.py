@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, str], ...] = (
     ("httpx requests socket socketserver urllib urllib3 http ssl ftplib smtplib", "datasets client engine web"),
     ("pickle cPickle dill cloudpickle joblib shelve marshal", ""),
     ("ray", "engine"),
+    ("opacus torch_pruning", "defenses"),
     ("typer", "commands cli"),
 )
 RESERVED = {package: set(parts.split()) for packages, parts in RULES for package in packages.split()}
