@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.defenses import _tuning
-from molehunt.defenses._tuning import Plan, repair, split, trainable, tune
+from molehunt.defenses._tuning import Plan, repair, split, tunable, tune
 from molehunt.defenses.fine_tuning import FineTuning
 from molehunt.engine import Run
 from molehunt.findings import Finding
@@ -343,7 +343,7 @@ def test_a_last_step_that_ruins_the_weights_is_taken_back() -> None:
     """No loss is computed after it."""
     suspect = tiny.suspect()
     images, rng = parts(suspect)
-    model = trainable(suspect.model, images.x[:1], head_only=False)
+    model = tunable(suspect.model, images.x[:1], head_only=False)
     rate = lambda step, highest: math.inf if step == 7 else highest  # noqa: E731
     assert tune(model, images, plan(rate=rate), lr=0.01, run=Run(rng=rng), dtype=torch.float32) == 1
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())

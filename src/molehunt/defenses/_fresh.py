@@ -1,4 +1,4 @@
-"""The suspect's network with new weights, for training anew with gradients of single samples."""
+"""The suspect's network with new weights, and what of a network is trained at all."""
 
 import copy
 
@@ -7,17 +7,51 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from molehunt.engine import Run
-from molehunt.networks import NETWORKS, Network, Whitening, build
+from molehunt.networks import NETWORKS, Network, Normalize, Whitening, build
 from molehunt.networks.architectures import draw_weights
 from molehunt.networks.blocks import Patches
-from molehunt.tasks import Images
+from molehunt.tasks import Images, Task
+from molehunt.training import Recipe, recipe_for
 
 BATCH = 256
 SAMPLES = 2048  # images that settle the statistics of batch norm
 
 
+def redraw(model: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Make the same network with weights of its own, on the CPU: none of the submitted weights is used.
+
+    Args:
+        model: the submitted one, left as it is.
+        rng: draws the weights.
+
+    Raises:
+        ValueError: it has weights that nobody here knows how to draw; the layer is named.
+    """
+    if isinstance(model, Network) and (model.name in NETWORKS or model.name.startswith("timm:")):
+        mean, std = model.normalize.mean, model.normalize.std
+        return build(model.name, model.shape, model.classes, mean=mean.cpu(), std=std.cpu(), rng=rng).eval()
+    made = copy.deepcopy(model).cpu()
+    drawn = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, Patches, Normalize)
+    for path, layer in made.named_modules():
+        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+        if own and not isinstance(layer, drawn):
+            raise ValueError(f"nobody here knows how to draw the weights of {path!r}, a {type(layer).__name__}")
+        if isinstance(layer, nn.GroupNorm):
+            layer.reset_parameters()
+    draw_weights(made, rng)
+    return made.eval()
+
+
+def recipe_of_fresh(model: nn.Module, task: Task) -> Recipe:
+    """Return the recipe by which the package trains such a network on a task, else AdamW."""
+    try:
+        return recipe_for(model.name if isinstance(model, Network) else "", task)
+    except ValueError:
+        return Recipe(optimizer="adamw", lr=2e-3, warmup=0.2)
+
+
 def fresh(model: nn.Module, images: Images, run: Run) -> nn.Module:
-    """Make the same network with weights of its own: none of the submitted weights is used.
+    """Make the same network with weights of its own, ready for gradients of single samples.
 
     Layers that are computed from data, and the statistics of batch norm, are set from the images.
 
@@ -27,21 +61,9 @@ def fresh(model: nn.Module, images: Images, run: Run) -> nn.Module:
         run: for its generator and its clock.
 
     Raises:
-        ValueError: it has weights that nobody here knows how to draw.
+        ValueError: as in `redraw`.
     """
-    known = isinstance(model, Network) and (model.name in NETWORKS or model.name.startswith("timm:"))
-    if isinstance(model, Network) and known:
-        mean, std = model.normalize.mean, model.normalize.std
-        made: nn.Module = build(model.name, model.shape, model.classes, mean=mean.cpu(), std=std.cpu(), rng=run.rng)
-    else:
-        made = copy.deepcopy(model).cpu()
-        for path, layer in made.named_modules():
-            drawn = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, Patches)
-            if next(layer.parameters(recurse=False), None) is not None and not isinstance(layer, drawn):
-                raise ValueError(f"cannot draw new weights for {path!r} ({type(layer).__name__}): use mode 'fine_tune'")
-            if isinstance(layer, nn.GroupNorm):
-                layer.reset_parameters()
-        draw_weights(made, run.rng)
+    made = redraw(model, run.rng)
     made.to(images.x.device).eval()
     if isinstance(made, Network):
         made.initialize(images.x)
@@ -64,7 +86,7 @@ def fresh(model: nn.Module, images: Images, run: Run) -> nn.Module:
 
 
 def trainable(model: nn.Module) -> None:
-    """Let all weights take gradients but those of whitening layers, which no recipe trains."""
+    """Let all weights take gradients but those of whitening layers, which are computed from data and not trained."""
     for layer in model.modules():
         for parameter in layer.parameters(recurse=False):
             parameter.requires_grad_(not isinstance(layer, Whitening))

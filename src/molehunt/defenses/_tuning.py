@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molehunt.defenses._fresh import recipe_of_fresh, redraw, trainable
 from molehunt.engine import Run
 from molehunt.findings import Finding
-from molehunt.networks import Network, Normalize, Whitening, anatomy, dropout_rng
-from molehunt.networks.architectures import draw_weights
-from molehunt.networks.blocks import Patches
+from molehunt.networks import anatomy, dropout_rng
 from molehunt.suspect import Suspect, freeze
 from molehunt.tasks import Images
-from molehunt.training import Recipe, accuracy, recipe_for, train
+from molehunt.training import Recipe, accuracy, train
 from molehunt.training.batches import Batches
 from molehunt.training.optimizers import make_optimizers
 from molehunt.training.trainer import noise_generator
@@ -99,7 +98,7 @@ def repair(suspect: Suspect, run: Run, plan: Plan) -> Finding:
     for attempt in range(plan.attempts):
         run.check()
         lr = plan.lr / 3**attempt
-        model = trainable(suspect.model, images.x[:1], head_only=plan.head_only)
+        model = tunable(suspect.model, images.x[:1], head_only=plan.head_only)
         run.rng.set_state(seed)
         try:
             restored = tune(model, images, plan, lr=lr, run=run, dtype=suspect.dtype)
@@ -147,16 +146,10 @@ def split(clean: Images, held_out: float, rng: torch.Generator) -> tuple[Images,
     return Images(clean.x[rest], clean.y[rest]), Images(clean.x[held], clean.y[held])
 
 
-def trainable(model: nn.Module, example: Tensor, *, head_only: bool) -> nn.Module:
-    """Copy a frozen model, and let gradients reach what is to be tuned: everything, or the last linear layer.
-
-    A whitening layer is computed from data, not learned, and no recipe trains it.
-    """
+def tunable(model: nn.Module, example: Tensor, *, head_only: bool) -> nn.Module:
+    """Copy a frozen model, and let gradients reach what is to be tuned: everything, or the last linear layer."""
     copied = copy.deepcopy(model)
-    part = copied.get_submodule(anatomy(copied, example).head) if head_only else copied
-    for module in part.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(not isinstance(module, Whitening))
+    trainable(copied.get_submodule(anatomy(copied, example).head) if head_only else copied)
     return copied
 
 
@@ -256,21 +249,12 @@ def scratch(suspect: Suspect, images: Images, plan: Plan, run: Run) -> nn.Module
         ValueError: the network has layers whose weights cannot be drawn afresh.
         FloatingPointError: its loss is not finite.
     """
-    model = copy.deepcopy(suspect.model)
-    known = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, Patches, Normalize)
-    for path, module in model.named_modules():
-        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if own and not isinstance(module, known):
-            raise ValueError(f"nobody here knows how to draw the weights of {path!r}, a {type(module).__name__}")
-    draw_weights(model.cpu(), run.rng)
-    model.to(suspect.device)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(not isinstance(module, Whitening))
+    model = redraw(suspect.model, run.rng).to(suspect.device)
+    trainable(model)
     if plan.steps:
         batch = min(plan.recipe.batch, len(images.y))
         recipe = replace(
-            _recipe_from_scratch(suspect),
+            recipe_of_fresh(suspect.model, suspect.task),
             epochs=1 / 2**20,
             least_images=plan.steps * batch,
             batch=batch,
@@ -279,14 +263,6 @@ def scratch(suspect: Suspect, images: Images, plan: Plan, run: Run) -> nn.Module
         )
         train(model, images, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
     return freeze(model)
-
-
-def _recipe_from_scratch(suspect: Suspect) -> Recipe:
-    name = suspect.model.name if isinstance(suspect.model, Network) else ""
-    try:
-        return recipe_for(name, suspect.task)
-    except ValueError:
-        return Recipe(optimizer="adamw", lr=2e-3, warmup=0.2)
 
 
 def recipe_of(suspect: Suspect, recipe: Recipe) -> Recipe:

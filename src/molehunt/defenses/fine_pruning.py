@@ -18,9 +18,10 @@ from molehunt.defenses._channels import (
     level_masks,
     masked,
 )
+from molehunt.defenses._fresh import trainable
 from molehunt.engine import Run
 from molehunt.findings import Finding
-from molehunt.networks import Anatomy, Whitening, anatomy
+from molehunt.networks import Anatomy, anatomy
 from molehunt.suspect import Access, Suspect, freeze
 from molehunt.tasks import Augment, Images
 from molehunt.training import Recipe, accuracy, train
@@ -221,10 +222,7 @@ class FinePruning:
         model = copy.deepcopy(suspect.model)
         parts = anatomy(model, held.x[:1])
         if lr is not None:
-            for module in model.modules():
-                # A whitening layer is computed from data, not learned, and no recipe trains it.
-                for parameter in module.parameters(recurse=False):
-                    parameter.requires_grad_(not isinstance(module, Whitening))
+            trainable(model)
             recipe = self.recipe(len(tune.y), suspect.task.augment, lr)
             with masked(model, parts.block, mask):
                 train(model, tune, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)

@@ -138,7 +138,7 @@ class GradientShaping:
         if len(images.y) < 2:
             raise ValueError(f"gradient shaping needs 2 images or more to train on, got {len(images.y)}")
         run.check()
-        model = fresh(suspect.model, images, run) if again else copy.deepcopy(suspect.model)
+        model = self.begin(suspect.model, images, run) if again else copy.deepcopy(suspect.model)
         trainable(model)
         verify(model, images.x[:2])
         clip, first = self.choose_clip(model, images, run)
@@ -173,6 +173,17 @@ class GradientShaping:
             repaired={key: value.detach().cpu() for key, value in model.state_dict().items()},
             details=details,
         )
+
+    def begin(self, model: nn.Module, images: Images, run: Run) -> nn.Module:
+        """The network with new weights.
+
+        Raises:
+            ValueError: it has weights that nobody here knows how to draw.
+        """
+        try:
+            return fresh(model, images, run)
+        except ValueError as error:
+            raise ValueError(f"{error}: use mode 'fine_tune'") from error
 
     def images(self, suspect: Suspect, again: bool, rng: torch.Generator) -> tuple[Images, Images | None, str]:
         """What is trained on, the clean images that measure (None without any), and where the former come from."""

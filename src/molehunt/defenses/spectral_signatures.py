@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from molehunt.defenses._fresh import redraw, trainable
 from molehunt.defenses._spectra import Grouped, Spectra, class_spectra, coordinates, halves, largest_gaps
 from molehunt.defenses._spectre import SQUARES, spectre
 from molehunt.engine import Run
 from molehunt.findings import Finding
-from molehunt.networks import NETWORKS, Network, build
+from molehunt.networks import NETWORKS, Network
 from molehunt.suspect import BATCH, Access, Suspect
 from molehunt.tasks import Images
 from molehunt.training import recipe_for, train
@@ -185,15 +186,16 @@ class SpectralSignatures:
             details["warnings"].append(f"not trained again: {what} is no network that can be built by name")
             return None
         recipe = recipe_for(name, task)
-        fresh = build(name, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=run.rng)
-        done = train(fresh, left, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
+        made = redraw(suspect.model, run.rng)
+        trainable(made)
+        done = train(made, left, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
         details["retrained"] = {
             "network": name,
             "images": len(left.y),
             "recipe": recipe.to_json(),
             "losses": list(done.losses),
         }
-        return {key: value.detach().cpu() for key, value in fresh.state_dict().items()}
+        return {key: value.detach().cpu() for key, value in made.state_dict().items()}
 
 
 def removal_counts(sizes: Tensor, epsilons: Tensor) -> Tensor:
