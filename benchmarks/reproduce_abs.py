@@ -1,7 +1,7 @@
 """ABS on the model bank: does it tell backdoored models from clean ones, name the target, and in how many seconds?
 
     python benchmarks/reproduce_abs.py run --task mnist5k --partition develop      trains what is missing, then scans
-    python benchmarks/reproduce_abs.py collect                                     results/abs.json from the rows
+    python benchmarks/reproduce_abs.py collect                                     results/rounds_1_2.json from the rows
 
 Scanned are the bank's models with an opaque patch, the trigger that ABS looks for, and as many clean ones of every
 kind. One row per model is appended to results/abs.jsonl at once; finished rows are skipped. Models are those of the
@@ -179,7 +179,7 @@ def figures_of(title: str, kept: Sequence[dict[str, Any]], command: str) -> dict
 
 
 def collect() -> None:
-    """Write results/abs.json."""
+    """Write results/rounds_1_2.json."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows(NAME):
         groups.setdefault((row["task"], row["network"], row["partition"]), []).append(row)
@@ -191,7 +191,7 @@ def collect() -> None:
             continue
         command = f"python benchmarks/reproduce_abs.py run --task {task} --network {network} --partition {partition}"
         figures |= figures_of(f"ABS, {task}, {network}, {partition}", kept, command)
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/reproduce_gradient_shaping.py run --task mnist --attack badnets --seed 0
     python benchmarks/reproduce_gradient_shaping.py run --task mnist5k --mode fine_tune --factor 1 --sigma 0 0.1
     python benchmarks/reproduce_gradient_shaping.py step --network badnets_cnn --batch 256
-    python benchmarks/reproduce_gradient_shaping.py collect     results/gradient_shaping.json from the rows
+    python benchmarks/reproduce_gradient_shaping.py collect     results/rounds_1_2.json from the rows
 
 `run` hands the defense the training set of an attack of benchmarks/training.py (same attack, same seed) and the
 defender's part of the test split, which measures, and judges the result on the hidden part. It makes one row for
@@ -147,7 +147,7 @@ def step(network: str, task_name: str, batch: int, repeats: int) -> None:
 
 
 def collect() -> None:
-    """Write results/gradient_shaping.json."""
+    """Write results/rounds_1_2.json."""
     figures: dict[str, Figure] = {}
     cells: dict[str, list[dict[str, Any]]] = {}
     for row in rows(NAME):
@@ -184,7 +184,7 @@ def collect() -> None:
                     command=f"python benchmarks/{Path(__file__).name} run --task {found[0]['task']} --attack "
                     f"{found[0]['attack']}",
                 )
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
     python benchmarks/reproduce_spectral_signatures.py run --source all --epsilon 0.1   the case that it cannot solve
     python benchmarks/reproduce_spectral_signatures.py run --task mnist5k --source 0 --target 2 --size 4
     python benchmarks/reproduce_spectral_signatures.py time                             50 000 features, scores alone
-    python benchmarks/reproduce_spectral_signatures.py collect       results/spectral_signatures.json from the rows
+    python benchmarks/reproduce_spectral_signatures.py collect       results/rounds_1_2.json from the rows
 
 `run` trains one network on a poisoned set, hands that set to the defense and appends one row per pair of classes, share
 and seed to results/spectral_signatures.jsonl; a row that is there already is not made again. With `--state` the first
@@ -195,7 +195,7 @@ def clock(samples: int, width: int, repeats: int, seed: int) -> None:
 
 
 def collect() -> None:
-    """Write results/spectral_signatures.json."""
+    """Write results/rounds_1_2.json."""
     kept, figures = rows(NAME), {}
     ran = [r for r in kept if "source" in r]
     fields = ("task", "network", "source", "target", "epsilon", "score", "size")
@@ -249,7 +249,7 @@ def collect() -> None:
                 command=f"python benchmarks/reproduce_spectral_signatures.py time --width {row['width']}",
                 note=f"load before {row['busy']}",
             )
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python benchmarks/reproduce_super_fine_tuning.py run --task mnist --attack badnets --seed 0
     python benchmarks/reproduce_super_fine_tuning.py run --task cifar10 --network resnet18 --state FOLDER
     python benchmarks/reproduce_super_fine_tuning.py try --task mnist5k --seed 100 --set max1=0.3
-    python benchmarks/reproduce_super_fine_tuning.py collect        results/super_fine_tuning.json from the rows
+    python benchmarks/reproduce_super_fine_tuning.py collect        results/rounds_1_2.json from the rows
 
 `run` repairs the model that benchmarks/training.py makes of the same attack and seed. The clean images are as many as
 5 % of the training set, but come from the test split, and the rest of that split judges. All repairs have the budget
@@ -164,7 +164,7 @@ def current() -> list[dict[str, Any]]:
 
 
 def collect() -> None:
-    """Write results/super_fine_tuning.json."""
+    """Write results/rounds_1_2.json."""
     kept, figures = current(), {}
     for task, network, attack in dict.fromkeys((r["task"], r["network"], r["attack"]) for r in kept):
         found = [r for r in kept if (r["task"], r["network"], r["attack"]) == (task, network, attack)]
@@ -185,7 +185,7 @@ def collect() -> None:
                 f"--attack {attack}",
                 note=f"{those[0]['clean']} clean images",
             )
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

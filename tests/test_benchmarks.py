@@ -138,6 +138,19 @@ def test_what_lies_on_disk_is_newer_than_what_was_kept_or_is_not_taken(load: Loa
     assert found == ["here", "of an older format"]
 
 
+def test_super_fine_tuning_is_judged_on_images_that_no_repair_saw(load: Load) -> None:
+    from molehunt.tasks import get_task
+
+    task = get_task("mnist5k")
+    for develop in (False, True):
+        mine, hidden = load("reproduce_super_fine_tuning").parts(task, 3, develop=develop)
+        both = task.load("validation" if develop else "test")
+        assert len(mine.y) == round(0.05 * len(task.load("train").y))
+        assert len(mine.y) + len(hidden.y) == len(both.y)
+        pictures = {x.numpy().tobytes() for x in mine.x} & {x.numpy().tobytes() for x in hidden.x}
+        assert not pictures
+
+
 def test_a_population_is_compared_image_by_image_and_a_short_one_counts_by_its_gate(load: Load) -> None:
     population = load("population")
     # Official: 2 models of 100 passes over 1 200 and 1 800 images in 30 s, so 1e-4 s an image. Ours: 8 models of 100
