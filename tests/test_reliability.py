@@ -214,9 +214,10 @@ def test_a_population_is_compared_at_its_own_share_of_planted_models() -> None:
         holding(people(one(1, None), one(2, None, "sig")))
 
 
-def test_the_page_shows_what_the_shipped_population_gives() -> None:
+@pytest.mark.parametrize(("place", "task"), [(1, "mnist5k"), (2, "mnist")])
+def test_the_page_shows_what_the_shipped_populations_give(place: int, task: str) -> None:
     page = (Path(__file__).parent.parent / "docs/reference/calibration.md").read_text()
-    population = shipped("mnist5k", "badnets_cnn")
+    population = shipped(task, "badnets_cnn")
     assert population is not None
     judged = [a for a in out_of_fold(population, prior=len(population.planted) / len(population.models)) if a.said]
     p, truth = [a.said.p for a in judged if a.said], [a.model.attack is not None for a in judged]
@@ -226,11 +227,12 @@ def test_the_page_shows_what_the_shipped_population_gives() -> None:
         for b in bins
         if b.count
     ]
-    said = page.split("| said |")[1].split("\n\n")[0]
+    told_of = page.split("| said |")[place]
+    said = told_of.split("\n\n")[0]
     assert said.splitlines()[2:] == rows
     assert f"![{reliability_chart(bins).alt}]" in page
     brier = sum((q - y) ** 2 for q, y in zip(p, truth, strict=True)) / len(p)
-    told = re.search(r"On average ([\d.]+) is said, and ([\d.]+) are backdoored\. The Brier score is ([\d.]+)", page)
+    told = re.search(r"On average ([\d.]+) is said, and ([\d.]+) are backdoored\. The Brier score is ([\d.]+)", told_of)
     assert told is not None
     assert [f"{v:.3f}" for v in (sum(p) / len(p), sum(truth) / len(truth), brier)] == [
         told[1],
