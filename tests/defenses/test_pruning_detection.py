@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from molehunt.defenses._pruning import chosen, filters, pruned
-from molehunt.defenses.pruning_detection import PruningDetection, reset_accuracies
+from molehunt.defenses.pruning_detection import PruningDetection, masking, reset_accuracies
 from molehunt.engine import Cancelled, Run
 from molehunt.networks import build
 from molehunt.suspect import Suspect
@@ -83,6 +83,20 @@ def test_a_norm_behind_the_filter_makes_no_constant_of_it() -> None:
         y = model(x).argmax(1)
     seen = Suspect.of(model, task, clean=Images(x, y), dtype=torch.float32, device="cpu")
     assert defense(seen, run()).details["accuracies"].tolist() == pytest.approx(by_hand(defense, seen))
+    # Accuracies are coarse: the logits tell.
+    rng = torch.Generator().manual_seed(6)
+    lost = {path: torch.rand(2, rows, generator=rng) < 0.4 for path, rows in counts(seen).items()}
+    with masking(seen, lost, 3):
+        got = seen.logits(x[:3].repeat_interleave(2, 0)).view(3, 2, -1)
+    for s in range(2):
+        copied = pruned(seen.model, {path: rows[s] for path, rows in lost.items()}, "reset", x[:1])
+        torch.testing.assert_close(got[:, s], copied(x[:3]), rtol=1e-3, atol=1e-3)
+
+
+def counts(seen: Suspect) -> dict[str, int]:
+    """Filters of every convolution."""
+    layers = {path: seen.model.get_submodule(path) for path in filters(seen.model)}
+    return {path: layer.out_channels for path, layer in layers.items() if isinstance(layer, nn.Conv2d)}
 
 
 def test_pruning_nothing_changes_nothing() -> None:

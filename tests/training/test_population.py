@@ -210,9 +210,11 @@ def test_progress_reaches_its_end_when_workers_are_ahead_and_work_ends_with_the_
         if next(stops):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         list(train_population(plan(), tmp_path / "b", layout=LAYOUT, engine=engine, check=check))
+    # While the traceback lives nothing is collected as garbage.
     assert engine.closed
+    assert stopped.tb
 
 
 def test_another_layout_than_the_one_begun_with_is_refused(tmp_path: Path) -> None:
