@@ -1,5 +1,6 @@
 """Deadlines, cancellation, and where work runs."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -90,6 +91,13 @@ def die(item: int) -> int:
     if item == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     return item
+
+
+def test_when_the_work_is_done_no_worker_is_left() -> None:
+    """Else the interpreter, if it ends soon after, finds a pipe closed that it wants to write to."""
+    before = set(multiprocessing.active_children())
+    assert list(Processes(2).map(abs, [-1, 2, -3])) == [1, 2, 3]
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_worker_that_was_killed_is_an_error_that_says_what_to_do() -> None:

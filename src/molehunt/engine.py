@@ -140,6 +140,9 @@ class Processes:
             for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
             raise
+        else:
+            # The workers are idle. Without waiting for their end the interpreter's own, soon after, may complain.
+            pool.shutdown()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
