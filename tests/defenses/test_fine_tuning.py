@@ -518,9 +518,9 @@ def test_where_no_control_can_be_made_the_repair_is_handed_back_with_a_warning()
     found = find(FineTuning(steps=2, control=True), tiny.suspect(model))
     assert found.repaired is not None
     assert "scratch" not in found.details
-    assert found.details["warnings"] == [
-        "no control trained from scratch: nobody here knows how to draw the weights of '0', a Learned"
-    ]
+    # The weights are torch's own draw, so the repair may or may not cost too much, and be warned of as well.
+    said = "no control trained from scratch: nobody here knows how to draw the weights of '0', a Learned"
+    assert said in found.details["warnings"]
 
 
 # -------------------------------------------------------------------------------------------- the settings

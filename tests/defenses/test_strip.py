@@ -193,7 +193,8 @@ def test_the_batched_entropies_are_those_of_a_plain_loop(mix: str) -> None:
             z = MIXES[mix](suspect.inputs[image], pool[partner], 0.4, mean).unsqueeze(0)
             y = suspect.model(z)[0].double().softmax(0)
             total -= sum(float(p) * math.log2(float(p)) for p in y if float(p) > 0)
-        assert -float(found[image]) == pytest.approx(total / 5, abs=1e-5)
+        # float32 logits of some tens, summed in another order: one processor differs by 2e-5.
+        assert -float(found[image]) == pytest.approx(total / 5, abs=1e-4)
 
 
 @pytest.mark.parametrize("batch", [1, 16, 50, 5000])
