@@ -189,7 +189,7 @@ class TestWhichCodeCounts:
         # A new defense, or a change of another one, leaves the scores of these valid.
         assert names(STRIP) == {"strip.py"}
         assert names(NeuralCleanse) == {"neural_cleanse.py", "_inversion.py", "_statistics.py"}
-        assert names(FinePruning) == {"fine_pruning.py", "_channels.py", "_fresh.py"}
+        assert names(FinePruning) == {"fine_pruning.py", "_channels.py", "_fresh.py", "_held_out.py"}
         assert digest(STRIP) != digest(NeuralCleanse)
         assert place_of("strip", STRIP) != place_of("neural_cleanse", NeuralCleanse)
 

@@ -18,6 +18,7 @@ from molehunt.defenses._channels import (
     level_masks,
     masked,
 )
+from molehunt.defenses._held_out import split
 from molehunt.defenses.fine_pruning import Repair, prune_curve, stop
 from molehunt.engine import Run
 from molehunt.findings import Finding
@@ -378,7 +379,7 @@ def test_a_whitening_layer_is_left_as_it_is() -> None:
 def test_held_out_images_never_train() -> None:
     case = planted(images=200)
     assert case.suspect.clean is not None
-    tune, held = FinePruning(held_out=0.3).split(case.suspect.clean, torch.Generator())
+    tune, held = split(case.suspect.clean, 0.3, torch.Generator())
     assert (len(tune.y), len(held.y)) == (140, 60)
     both = {picture.numpy().tobytes() for picture in tune.x} & {picture.numpy().tobytes() for picture in held.x}
     assert not both

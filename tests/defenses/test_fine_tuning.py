@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.defenses import _tuning
-from molehunt.defenses._tuning import Plan, repair, split, tunable, tune
+from molehunt.defenses._held_out import split
+from molehunt.defenses._tuning import Plan, repair, tunable, tune
 from molehunt.defenses.fine_tuning import FineTuning
 from molehunt.engine import Run
 from molehunt.findings import Finding

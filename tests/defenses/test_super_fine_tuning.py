@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from molehunt.defenses import _tuning
-from molehunt.defenses._tuning import split, triangular
+from molehunt.defenses._held_out import split
+from molehunt.defenses._tuning import triangular
 from molehunt.defenses.fine_tuning import FineTuning
 from molehunt.defenses.super_fine_tuning import SuperFineTuning
 from molehunt.engine import Run

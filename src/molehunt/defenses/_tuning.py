@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehunt.defenses._fresh import recipe_of_fresh, redraw, trainable
+from molehunt.defenses._held_out import HAIR, split
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.networks import anatomy, dropout_rng
@@ -26,8 +27,6 @@ from molehunt.training.trainer import noise_generator
 Rate = Callable[[int, float], float]
 """(step from 0, highest rate) to the learning rate of that step, at most the highest."""
 
-HAIR = 1e-9
-"""Slack of a comparison of shares: 0.9 - 0.04 must allow an accuracy of 0.86."""
 LOOK = 10
 """Steps between two looks at the loss: a look at every step would make a GPU wait."""
 MOST_RESTORES = 20
@@ -136,14 +135,6 @@ def repair(suspect: Suspect, run: Run, plan: Plan) -> Finding:
             details["scratch"] = cpu_state(fresh)
             details["accuracy"]["scratch"] = accuracy(fresh, held)
     return Finding(defense=plan.name, repaired=cpu_state(best[2]), details=details)
-
-
-def split(clean: Images, held_out: float, rng: torch.Generator) -> tuple[Images, Images]:
-    """Images to tune on, and a share of them held out to measure accuracy; disjoint by index, neither is empty."""
-    size = min(len(clean.y) - 1, max(1, round(held_out * len(clean.y))))
-    order = torch.randperm(len(clean.y), generator=rng).to(clean.y.device)
-    held, rest = order[:size], order[size:]
-    return Images(clean.x[rest], clean.y[rest]), Images(clean.x[held], clean.y[held])
 
 
 def tunable(model: nn.Module, example: Tensor, *, head_only: bool) -> nn.Module:

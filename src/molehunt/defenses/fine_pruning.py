@@ -19,15 +19,13 @@ from molehunt.defenses._channels import (
     masked,
 )
 from molehunt.defenses._fresh import trainable
+from molehunt.defenses._held_out import HAIR, split
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.networks import Anatomy, anatomy
 from molehunt.suspect import Access, Suspect, freeze
 from molehunt.tasks import Augment, Images
 from molehunt.training import Recipe, accuracy, train
-
-HAIR = 1e-9
-"""Slack of a comparison of shares: 0.9 - 0.04 must allow an accuracy of 0.86."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +97,7 @@ class FinePruning:
         """Repair a copy of the suspect; see the class."""
         if suspect.clean is None or len(suspect.clean.y) < 4:
             raise ValueError("fine-pruning needs 4 clean images or more, to rank and tune on and to hold out")
-        tune, held = self.split(suspect.clean, run.rng)
+        tune, held = split(suspect.clean, self.held_out, run.rng)
         model = copy.deepcopy(suspect.model)
         parts = anatomy(model, held.x[:1])
         order = torch.argsort(activity(model, parts.block, tune.x), stable=True)
@@ -135,13 +133,6 @@ class FinePruning:
             details |= {"prune_only": alone.state, "fine_tune_only": plain.state}
             details["accuracy"]["fine_tune_only"] = plain.accuracy
         return Finding(defense="fine_pruning", repaired=made.state, details=details)
-
-    def split(self, clean: Images, rng: torch.Generator) -> tuple[Images, Images]:
-        """Images to rank and fine-tune on, and images held out to measure accuracy; disjoint by index."""
-        size = min(len(clean.y) - 1, max(1, round(self.held_out * len(clean.y))))
-        order = torch.randperm(len(clean.y), generator=rng).to(clean.y.device)
-        held, tune = order[:size], order[size:]
-        return Images(clean.x[tune], clean.y[tune]), Images(clean.x[held], clean.y[held])
 
     def recipe(self, images: int, augment: Augment, lr: float) -> Recipe:
         """How so many images are fine-tuned on at a learning rate.

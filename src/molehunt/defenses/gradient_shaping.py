@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from molehunt.defenses._accountant import epsilon
 from molehunt.defenses._fresh import fresh, trainable
+from molehunt.defenses._held_out import split
 from molehunt.defenses._per_sample import CHUNK, PerSample, clipped_sum, per_sample, verify
 from molehunt.defenses._sample_log import Log
 from molehunt.engine import Run
@@ -191,10 +192,8 @@ class GradientShaping:
         if again or clean is None:
             assert suspect.training is not None, "else the runner would have abstained"
             return suspect.training, clean, "training"
-        size = min(len(clean.y) - 1, max(1, round(self.held_out * len(clean.y))))
-        order = torch.randperm(len(clean.y), generator=rng).to(clean.y.device)
-        held, tune = order[:size], order[size:]
-        return Images(clean.x[tune], clean.y[tune]), Images(clean.x[held], clean.y[held]), "clean"
+        tune, held = split(clean, self.held_out, rng)
+        return tune, held, "clean"
 
     def budget(self, count: int) -> int:
         """Steps on so many images."""
