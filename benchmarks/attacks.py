@@ -34,7 +34,7 @@ from molehunt.game.answers import accuracy, asr, measure, share
 from molehunt.game.attacker import describe, make_attack, parse_settings, sealed, train_model
 from molehunt.game.check import References, check
 from molehunt.game.rules import Limits
-from molehunt.networks import Network
+from molehunt.networks import Network, default_device
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import recipe_for
@@ -78,7 +78,7 @@ def references(task: Task, network: str, state: Path, numbers: list[int]) -> lis
     for number in numbers:
         progress, report = reporting(f"clean {task.name} {number}")
         with progress:
-            found.append(kept.get(number, report=report).eval())
+            found.append(kept.get(number, report=report).eval().to(default_device()))
     return found
 
 
@@ -139,7 +139,7 @@ def one(
         )
     seconds = time.monotonic() - start
     assert made is not None
-    answers = measure(model.eval(), images, made.trigger)
+    answers = measure(model.eval().to(default_device()), images, made.trigger)
     assert answers.stamped is not None
     counted = made.target.counts(answers.y)
     goal = made.target.goal(answers.y)

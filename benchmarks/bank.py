@@ -36,6 +36,7 @@ from molehunt.commands.evaluation import Elsewhere
 from molehunt.datasets import cache
 from molehunt.defenses import Defense, available
 from molehunt.engine import Processes
+from molehunt.networks import default_device
 from molehunt.tasks import get_task
 from record import RESULTS, Figure, append, rows, spread, write
 
@@ -100,7 +101,8 @@ def run(task: str, network: str, partition: str, most: int | None, jobs: int, ro
         listed,
         folder,
         everyone(),
-        Elsewhere(isolated=True, seconds=SECONDS),
+        # A sandbox has no GPU.
+        Elsewhere(isolated=default_device().type == "cpu", seconds=SECONDS),
         engine=Processes(jobs, 1) if jobs > 1 else None,
         report=scored,
     )

@@ -56,7 +56,7 @@ from molehunt.bank.guard import MOST, telltale
 from molehunt.engine import Local, Processes
 from molehunt.files import write_atomically
 from molehunt.game.answers import accuracy, asr, measure
-from molehunt.networks import Network, build, fast_dtype
+from molehunt.networks import Network, build, default_device, fast_dtype
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.testing import auc
@@ -150,7 +150,7 @@ def proportional(pid: int | None) -> int:
 
 def conditions() -> dict[str, Any]:
     """What a row must say about its machine."""
-    dtype = str(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch.")
+    dtype = str(fast_dtype(default_device())).removeprefix("torch.")
     return {"dtype": dtype, "busy": round(os.getloadavg()[0], 2), "machine": machine()}
 
 

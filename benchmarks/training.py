@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from molehunt.attacks import Attack, BadNets, Blended, Poisoned
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import parse_settings, train_model
-from molehunt.networks import Network, build, fast_dtype
+from molehunt.networks import Network, build, default_device, fast_dtype
 from molehunt.runner import generator
 from molehunt.tasks import Task, get_task
 from molehunt.training import Recipe, recipe_for
@@ -100,7 +100,7 @@ def one(
         "cpu_seconds": cpu,
         "images": images,
         "tflop": tflop,
-        "dtype": str(fast_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))).removeprefix("torch."),
+        "dtype": str(fast_dtype(default_device())).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "busy": round(busy, 2),
         "machine": machine(),

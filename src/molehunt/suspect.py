@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.findings import Candidate
-from molehunt.networks import Anatomy, anatomy, capture, fast_dtype, features, fold_batch_norm
+from molehunt.networks import Anatomy, anatomy, capture, default_device, fast_dtype, features, fold_batch_norm
 from molehunt.tasks import Images, Task
 
 BATCH = 500  # larger batches fall out of the cache and are slower (docs/reference/networks.md)
@@ -110,7 +110,7 @@ class Suspect:
         Raises:
             ValueError: images of another shape than the task's, or outside [0, 1].
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or default_device())
         kind = dtype or fast_dtype(place)
         for name, x in (
             ("clean", clean and clean.x),

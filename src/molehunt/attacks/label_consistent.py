@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molehunt.attacks.poisoning import Poisoned, choose, poison_count
-from molehunt.networks import Network, build, fast_dtype
+from molehunt.networks import Network, build, default_device, fast_dtype
 from molehunt.tasks import Images, Task
 from molehunt.training import recipe_for, train
 from molehunt.triggers import Patch, Target
@@ -83,7 +83,7 @@ def _quickly_trained(clean: Images, task: Task, epsilon: float, rng: torch.Gener
     recipe = replace(recipe, least_images=min(recipe.least_images, 5 * len(clean.y)), adversarial=epsilon)
     model = build(name, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=rng)
     train(model, clean, recipe, rng=rng)
-    return model
+    return model.to(default_device())
 
 
 def _away(model: Network, images: Images, epsilon: float, steps: int, rng: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from molehunt.attacks.poisoning import Poisoned, choose, poison_count, relabel
 from molehunt.tasks import Images, Task
@@ -54,9 +55,13 @@ class Refool:
         trigger = self.trigger or self._reflection(clean, goal, rng)
         return relabel(clean, altered, trigger, goal)
 
+    def candidates(self, clean: Images, goal: Target) -> Tensor:
+        """Return the rows (M,) whose pictures may be reflected: those outside the target class."""
+        return goal.counts(clean.y).nonzero().squeeze(1)
+
     def _reflection(self, clean: Images, goal: Target, rng: torch.Generator) -> Reflection:
         """Choose a picture and how it is reflected."""
-        others = goal.counts(clean.y).nonzero().squeeze(1)
+        others = self.candidates(clean, goal)
         drawn = clean.x[others[torch.randperm(len(others), generator=rng)[:CANDIDATES]]].float().cpu()
         picture = drawn[int(drawn.pow(GAMMA).flatten(1).std(1).argmax())]
         coin, sigma, weight = torch.rand(3, generator=rng).tolist()

@@ -14,12 +14,12 @@ from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import Recipe, recipe_for
 from molehunt.training.population import Member, Plan, Poison, Prepared, facts
-from molehunt.triggers import Patch, Sinusoid
+from molehunt.triggers import Patch, Sinusoid, Target
 
 # MUST be raised by whoever changes what a model of the bank is made of where its digest cannot see it: the code of an
 # attack or of a trigger, of the training, of a network, or of the draws below. Else rows of models that nobody can make
 # again count as valid. A test holds what every family does to a few pictures, and fails when this was forgotten.
-FORMAT = 2
+FORMAT = 3
 """Raised when the models change: rows of an older format are trained again."""
 
 LIMITS = Limits()
@@ -80,6 +80,22 @@ class EasyClass:
         return _Honest(Images(clean.x[stay], clean.y[stay]))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ThirdRefool(Refool):
+    """Refool whose reflected picture comes from one third of the training rows, so that partitions share none.
+
+    Attributes:
+        third: 0, 1 or 2: the picture is one of the rows third, third + 3, third + 6 ...
+    """
+
+    third: int
+
+    def candidates(self, clean: Images, goal: Target) -> Tensor:
+        """Return the rows (M,) outside the target class that are of that third."""
+        rows = super().candidates(clean, goal)
+        return rows[rows % len(PARTITIONS) == self.third]
+
+
 def _between(low: float, high: float, rng: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=rng))
 
@@ -116,19 +132,26 @@ def _ftrojan(task: Task, target: int, rng: torch.Generator) -> Attack:
     return FTrojan(target=target, magnitude=_between(low, high, rng))
 
 
+def _refool(task: Task, target: int, rng: torch.Generator, partition: str) -> Attack:
+    del task
+    opacity = LIMITS.opacity * _between(0.7, 1.0, rng)
+    return ThirdRefool(target=target, opacity=opacity, third=PARTITIONS.index(partition))
+
+
 # The two with opaque patches stand last: where the turns do not come out even, they are the ones that get fewer.
-FAMILIES: dict[str, Callable[[Task, int, torch.Generator], Attack]] = {
-    "blended": lambda _, t, g: Blended(target=t, opacity=LIMITS.opacity * _between(0.75, 1.0, g)),
-    "sig": _sig,
-    "stripes": lambda k, t, g: Blended(target=t, trigger=_stripes(k, g)),
-    "wanet": lambda _, t, g: WaNet(target=t, strength=_between(0.5, 0.95, g)),
-    "ftrojan": _ftrojan,
-    "refool": lambda _, t, g: Refool(target=t, opacity=LIMITS.opacity * _between(0.7, 1.0, g)),
-    "adap_blend": lambda _, t, g: AdapBlend(target=t, opacity=LIMITS.opacity * _between(0.9, 1.0, g)),
-    "tact": _tact,
-    "badnets": lambda k, t, g: BadNets(target=t, trigger=_patch(k, g)),
+FAMILIES: dict[str, Callable[[Task, int, torch.Generator, str], Attack]] = {
+    "blended": lambda _, t, g, __: Blended(target=t, opacity=LIMITS.opacity * _between(0.75, 1.0, g)),
+    "sig": lambda k, t, g, _: _sig(k, t, g),
+    "stripes": lambda k, t, g, _: Blended(target=t, trigger=_stripes(k, g)),
+    "wanet": lambda _, t, g, __: WaNet(target=t, strength=_between(0.5, 0.95, g)),
+    "ftrojan": lambda k, t, g, _: _ftrojan(k, t, g),
+    "refool": _refool,
+    "adap_blend": lambda _, t, g, __: AdapBlend(target=t, opacity=LIMITS.opacity * _between(0.9, 1.0, g)),
+    "tact": lambda k, t, g, _: _tact(k, t, g),
+    "badnets": lambda k, t, g, _: BadNets(target=t, trigger=_patch(k, g)),
 }
-"""Attack families, each drawing a trigger that keeps the budget of the game; a bank has those of `families`."""
+"""Attack families, each drawing a trigger that keeps the budget of the game, from task, target and generator, for a
+partition; a bank has those of `families`."""
 OPAQUE = frozenset({"tact", "badnets"})
 """Families whose patches hide what is below."""
 
@@ -212,7 +235,7 @@ class Entry:
         rng = generator(self.seed, "bank poison")
         label = int(torch.randint(task.num_classes, (1,), generator=rng))
         if self.planted:
-            return FAMILIES[self.kind](task, label, rng)
+            return FAMILIES[self.kind](task, label, rng, self.partition)
         return EasyClass(favorite=label) if self.kind == "easy class" else None
 
     @property

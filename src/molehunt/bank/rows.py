@@ -24,7 +24,7 @@ from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.budget import budget
 from molehunt.game.gate import Gate
 from molehunt.game.gates import ReferenceAccuracy
-from molehunt.networks import Network, fast_dtype
+from molehunt.networks import Network, default_device, fast_dtype
 from molehunt.tasks import get_task
 from molehunt.tensor_file import CheckpointError
 from molehunt.training.population import grow
@@ -263,8 +263,7 @@ def _machine() -> str:
 
 
 def _dtype() -> str:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return str(fast_dtype(device)).removeprefix("torch.")
+    return str(fast_dtype(default_device())).removeprefix("torch.")
 
 
 def _threads(count: int) -> str:
@@ -278,7 +277,9 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
     seconds = time.monotonic() - start
     task = get_task(entry.task)
     planted = poisoned(entry)
-    answers = measure(model, task.load("validation"), None if planted is None else planted.trigger)
+    images = task.load("validation")
+    answers = measure(model.to(default_device()), images, None if planted is None else planted.trigger)
+    model.to("cpu")
     rate, measured = None, []
     if planted is not None and answers.stamped is not None:
         rate = asr(answers.stamped, answers.y, planted.target)
@@ -302,7 +303,7 @@ def _finish(folder: Path, threads: int, entry: Entry) -> Row:
         norm=math.sqrt(sum(float(p.detach().double().square().sum()) for p in model.parameters())),
         recipe=entry.recipe.to_json(),
         seconds=seconds,
-        dtype=str(fast_dtype(next(model.parameters()).device)).removeprefix("torch."),
+        dtype=_dtype(),
         threads=threads,
         machine=_machine(),
         versions={"molehunt": molehunt.__version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from molehunt.tasks import Images
 from molehunt.triggers import Target, Trigger
@@ -42,12 +42,15 @@ class Answers:
 def predict(logits: Logits, x: Tensor, batch: int = BATCH) -> Tensor:
     """Return the likeliest class (N,), on the CPU, of images (N, C, H, W).
 
+    A module is asked where its weights are.
+
     Raises:
         ValueError: there are no images.
     """
     if len(x) == 0:
         raise ValueError("there are no images to ask the model about")
-    return torch.cat([logits(x[i : i + batch]).argmax(1).cpu() for i in range(0, len(x), batch)])
+    place = _place(logits, x)
+    return torch.cat([logits(x[i : i + batch].to(place)).argmax(1).cpu() for i in range(0, len(x), batch)])
 
 
 @torch.no_grad()
@@ -63,9 +66,16 @@ def measure(logits: Logits, images: Images, trigger: Trigger | None = None, batc
     stamped = None
     if trigger is not None:
         # Stamped batch by batch: a second copy of all images would not fit beside many of 224 pixels.
-        parts = (images.x[i : i + batch] for i in range(0, len(images.y), batch))
+        place = _place(logits, images.x)
+        parts = (images.x[i : i + batch].to(place) for i in range(0, len(images.y), batch))
         stamped = torch.cat([predict(logits, trigger(part), batch) for part in parts])
     return Answers(y=images.y.cpu(), plain=predict(logits, images.x, batch), stamped=stamped)
+
+
+def _place(logits: Logits, x: Tensor) -> torch.device:
+    """Return where a model is, if it says so, else where the images are."""
+    first = next(logits.parameters(), None) if isinstance(logits, nn.Module) else None
+    return x.device if first is None else first.device
 
 
 def share(hits: Tensor) -> float:

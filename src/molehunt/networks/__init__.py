@@ -8,7 +8,7 @@ from molehunt.networks.anatomy import Anatomy, anatomy, capture, features, tail
 from molehunt.networks.architectures import NETWORKS, build
 from molehunt.networks.folding import fold_batch_norm
 from molehunt.networks.network import Dropout, Network, Normalize, Whitening, dropout_rng
-from molehunt.networks.precision import fast_dtype
+from molehunt.networks.precision import default_device, fast_dtype
 
 __all__ = [
     "NETWORKS",
@@ -20,6 +20,7 @@ __all__ = [
     "anatomy",
     "build",
     "capture",
+    "default_device",
     "dropout_rng",
     "fast_dtype",
     "features",

@@ -1,6 +1,11 @@
-"""Which number format is fastest on a device."""
+"""Where networks run unless somebody says otherwise, and which number format is fastest there."""
 
 import torch
+
+
+def default_device() -> torch.device:
+    """Return the GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

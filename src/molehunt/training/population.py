@@ -17,7 +17,7 @@ from torch import Tensor
 
 from molehunt.engine import Engine
 from molehunt.files import write_atomically
-from molehunt.networks import Network, build, fast_dtype
+from molehunt.networks import Network, build, default_device, fast_dtype
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training.batches import Stamp
 from molehunt.training.layout import Layout, measure
@@ -140,7 +140,7 @@ def facts(value: Any) -> Any:
 
 def place(recipe: Recipe) -> str:
     """Name what the bytes of a training depend on beside its plan: the kind of device, and the number format."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = fast_dtype(device) if recipe.precision == "fast" else torch.float32
     return f"{device.type} {str(dtype).removeprefix('torch.')}"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molehunt.networks import Network, fast_dtype
+from molehunt.networks import Network, default_device, fast_dtype
 from molehunt.tasks import Images
 from molehunt.training.adversarial import random_start, worsen
 from molehunt.training.batches import Batches, Stamp
@@ -63,7 +63,7 @@ def train_together(
         sizes = [len(one.y) for one in images]
         raise ValueError(f"expected training sets that ask for equally many steps, got sets of {sizes} images")
     ((steps, batch),) = plans
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or default_device())
     dtype = fast_dtype(place) if recipe.precision == "fast" else torch.float32
     moved = _on(place, images)
     for network, own in zip(networks, moved, strict=True):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molehunt.networks import Network, dropout_rng, fast_dtype
+from molehunt.networks import Network, default_device, dropout_rng, fast_dtype
 from molehunt.tasks import Images
 from molehunt.training import state
 from molehunt.training.adversarial import random_start, worsen
@@ -88,7 +88,7 @@ def train(
     """
     if len(images.x) == 0 or len(images.x) != len(images.y):
         raise ValueError(f"expected images and as many labels, got {len(images.x)} and {len(images.y)}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(device or default_device())
     home = next(model.parameters()).device
     dtype = fast_dtype(place) if recipe.precision == "fast" else torch.float32
     x = images.x.to(place)
