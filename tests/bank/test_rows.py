@@ -24,7 +24,7 @@ from molehunt.training import Recipe
 HURRIED = Recipe(epochs=0.2, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
 LISTED = tuple(
     Entry(task="mnist5k", network="badnets_cnn", partition="develop", planted=planted, number=number)
-    for planted, number in ((False, 0), (True, 7), (False, 5))
+    for planted, number in ((False, 0), (True, 9), (False, 5))
 )
 
 
@@ -236,7 +236,7 @@ def test_a_planted_model_that_a_referee_would_pass(tmp_path: Path, monkeypatch: 
 
 
 def test_leakage_is_measured_where_there_are_sources(tmp_path: Path) -> None:
-    tact = replace(LISTED[1], number=6)
+    tact = replace(LISTED[1], number=4)
     assert tact.kind == "tact"
     (row,) = build([tact], tmp_path)
     assert [gate["name"] for gate in row.gates] == ["attack success", "leakage", "budget"]

@@ -34,7 +34,7 @@ LISTED = tuple(
     for planted in (False, True)
 )
 # A BadNets model, whose patch is learned in no time, beside a clean one.
-LEARNED = (LISTED[0], replace(LISTED[1], number=7), replace(LISTED[0], number=2))
+LEARNED = (LISTED[0], replace(LISTED[1], number=9), replace(LISTED[0], number=2))
 
 
 @dataclass(frozen=True, kw_only=True)

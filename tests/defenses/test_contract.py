@@ -22,8 +22,30 @@ def trial(name: str) -> Trial:
     return Trial(DEFENSES[name]())
 
 
-@pytest.mark.parametrize("check", DEFENSE_CHECKS)
-@pytest.mark.parametrize("name", DEFENSES)
+ASLEEP = "clean pictures never wake the channel of the planted trigger, so no gradient reaches it"
+CANNOT = {
+    ("pruning_detection", "ranks_the_planted_above_the_twin"): "its score means what a calibration makes of it",
+    ("fine_tuning", "repairs"): ASLEEP,
+    ("super_fine_tuning", "repairs"): ASLEEP,
+    ("gradient_shaping", "repairs"): "a tenth of a small set is enough poison to be learned under any clipping",
+}
+"""Promises that a method does not keep on the planted suspects, and why; each is told on the page of the method."""
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(
+            name,
+            check,
+            marks=[pytest.mark.xfail(strict=True, raises=AssertionError, reason=CANNOT[name, check])]
+            if (name, check) in CANNOT
+            else [],
+        )
+        for name in DEFENSES
+        for check in DEFENSE_CHECKS
+    ],
+)
 def test_every_defense(name: str, check: str) -> None:
     DEFENSE_CHECKS[check](trial(name))
 

@@ -1,10 +1,11 @@
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from molehunt.defenses import DEFENSES
-from molehunt.game.rules import DATA_ONLY, ORDER, ROUNDS, Weights, get_round
+from molehunt.defenses import DEFENSES, SuperFineTuning
+from molehunt.game.rules import BOARDS, DATA_ONLY, ORDER, ROUNDS, Repair, Weights, get_round
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,28 @@ def test_the_docs_list_the_same_rounds() -> None:
         for r in ROUNDS.values()
         for w in [r.weights]
     ]
+
+
+def test_removals_get_what_their_round_gives_them() -> None:
+    for board in BOARDS:
+        full, short = (ROUNDS[name].make(board, DEFENSES) for name in ("I", "final"))
+        # Whoever runs a removal outside of a game runs it as the round about removals does.
+        assert full == {name: DEFENSES[name]() for name in full}
+        for name, repair in ROUNDS["final"].repairs.items():
+            if name in short:
+                said = asdict(short[name])  # type: ignore[call-overload]  # defenses are dataclasses
+                rate = said["max1" if name == "super_fine_tuning" else "lr"]
+                assert (said["steps"], said["batch"], rate) == (repair.steps, repair.batch, repair.lr)
+                assert repair.steps <= ROUNDS["I"].repairs[name].steps
+    assert ROUNDS["final"].make("weights", DEFENSES)["super_fine_tuning"] != SuperFineTuning()
+
+
+def test_only_removals_of_the_round_have_a_budget() -> None:
+    for played in ROUNDS.values():
+        assert set(played.repairs) <= set(played.defenses)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 0}, {"lr": 0.0}, {"lr": float("nan")}])
+def test_a_repair_without_a_budget_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="needs steps, images and a rate above zero"):
+        Repair(**{"steps": 1, "batch": 1, "lr": 0.1} | wrong)  # type: ignore[arg-type]

@@ -81,10 +81,11 @@ def play(
             )
             if settings.network not in NETWORKS:
                 raise InputError(f"unknown network {settings.network!r}; known: {', '.join(NETWORKS)}")
-            listed = get_round(round_).on_board(board)
-        defenses = {name: DEFENSES[name]() for name in listed if name in DEFENSES}
+            played_round = get_round(round_)
+            defenses = played_round.make(board, DEFENSES)
         if not defenses:
-            raise InputError(f"no defense of round {round_} is there yet: it needs {', '.join(listed)}")
+            needed = ", ".join(played_round.on_board(board))
+            raise InputError(f"no defense of round {round_} is there yet: it needs {needed}")
         folder = out or Path("runs") / f"play-{_slug(task)}-{seed}{'-data' if board == 'data' else ''}"
         ensure(problem.name, console)
         count = jobs or _at_once(threads)

@@ -1,15 +1,27 @@
 """Defenses: one file each, and `DEFENSES`, their table of contents."""
 
+from molehunt.defenses.abs import ABS
 from molehunt.defenses.contract import Defense
 from molehunt.defenses.fine_pruning import FinePruning
+from molehunt.defenses.fine_tuning import FineTuning
+from molehunt.defenses.gradient_shaping import GradientShaping
 from molehunt.defenses.neural_cleanse import NeuralCleanse
+from molehunt.defenses.pruning_detection import PruningDetection
+from molehunt.defenses.spectral_signatures import SpectralSignatures
 from molehunt.defenses.strip import STRIP
+from molehunt.defenses.super_fine_tuning import SuperFineTuning
 from molehunt.plugins import with_plugins
 
 DEFENSES: dict[str, type[Defense]] = {
+    "abs": ABS,
     "fine_pruning": FinePruning,
+    "fine_tuning": FineTuning,
+    "gradient_shaping": GradientShaping,
     "neural_cleanse": NeuralCleanse,
+    "pruning_detection": PruningDetection,
+    "spectral_signatures": SpectralSignatures,
     "strip": STRIP,
+    "super_fine_tuning": SuperFineTuning,
 }
 
 
@@ -24,4 +36,17 @@ def available() -> dict[str, type[Defense]]:
     return with_plugins("molehunt.defenses", DEFENSES, "defense")
 
 
-__all__ = ["DEFENSES", "STRIP", "Defense", "FinePruning", "NeuralCleanse", "available"]
+__all__ = [
+    "ABS",
+    "DEFENSES",
+    "STRIP",
+    "Defense",
+    "FinePruning",
+    "FineTuning",
+    "GradientShaping",
+    "NeuralCleanse",
+    "PruningDetection",
+    "SpectralSignatures",
+    "SuperFineTuning",
+    "available",
+]

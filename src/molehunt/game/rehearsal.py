@@ -61,7 +61,7 @@ def cast(round_: Round, board: Board, known: Mapping[str, type[Defense]]) -> tup
         known: the defenses that exist.
     """
     listed = round_.on_board(board)
-    return {name: known[name]() for name in listed if name in known}, tuple(n for n in listed if n not in known)
+    return round_.make(board, known), tuple(n for n in listed if n not in known)
 
 
 def clean_images(task: Task) -> Images:

@@ -1,7 +1,10 @@
 """The rules of the game: its rounds, what each is about, and the limits that a backdoor has to keep."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, TypeAlias, get_args
+
+from molehunt.defenses import Defense
 
 Board: TypeAlias = Literal["weights", "data"]
 """What a team hands in: a model, or a training set from which the host trains the model that is judged."""
@@ -90,6 +93,28 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repair:
+    """What one removal may spend on a submission. A verdict on removals depends on it more than on the attack.
+
+    Attributes:
+        steps: optimizer steps of one attempt, 1 or more.
+        batch: images per step, 1 or more.
+        lr: highest learning rate, positive. A removal may go below it where that costs less accuracy, never above.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or not self.lr > 0:
+            raise ValueError(f"a repair needs steps, images and a rate above zero, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """One round of the game.
 
@@ -100,6 +125,7 @@ class Round:
         weights: what the points of the round are made of.
         tasks: names of the tasks that it is played on unless the host says otherwise.
         counts: how often the round counts in the total of a game.
+        repairs: what each of its removals may spend, by name.
     """
 
     name: str
@@ -108,6 +134,26 @@ class Round:
     weights: Weights
     tasks: tuple[str, ...]
     counts: int = 1
+    repairs: Mapping[str, Repair] = field(default_factory=dict)
+
+    def make(self, board: str, known: Mapping[str, type[Defense]]) -> dict[str, Defense]:
+        """Return the defenses of a board that exist, in running order, each with the budget that the round gives it.
+
+        Args:
+            board: "weights" or "data".
+            known: the defenses that exist, by name.
+
+        Raises:
+            ValueError: another board.
+        """
+        return {name: known[name](**self._settings(name)) for name in self.on_board(board) if name in known}
+
+    def _settings(self, name: str) -> dict[str, float]:
+        if name not in self.repairs:
+            return {}
+        budget = asdict(self.repairs[name])
+        # Its rate has two peaks, of which this is the higher.
+        return {"max1" if key == "lr" and name == "super_fine_tuning" else key: v for key, v in budget.items()}
 
     def on_board(self, board: str) -> tuple[str, ...]:
         """Return the defenses that play on a board, in running order.
@@ -130,6 +176,7 @@ def _round(
     weights: tuple[float, float, float, float],
     task: str,
     counts: int = 1,
+    repairs: Mapping[str, Repair] | None = None,
 ) -> Round:
     detection, target, trigger, cleaning = weights
     return Round(
@@ -139,6 +186,7 @@ def _round(
         weights=Weights(detection=detection, target=target, trigger=trigger, cleaning=cleaning),
         tasks=(task,),
         counts=counts,
+        repairs=repairs or {},
     )
 
 
@@ -147,14 +195,29 @@ _STATISTICAL = frozenset({"spectral_signatures", "strip", "abs"})
 _REVERSE = frozenset({"sentinet", "neural_cleanse"})
 _META = frozenset({"mntd", "rab"})
 
+_FULL = {
+    "fine_tuning": Repair(steps=300, batch=128, lr=0.01),
+    "super_fine_tuning": Repair(steps=1500, batch=128, lr=0.1),
+    "fine_pruning": Repair(steps=200, batch=64, lr=0.05),
+    "gradient_shaping": Repair(steps=400, batch=256, lr=0.2),
+}
+# Where everything plays, removals are a fifth of the points and must not be most of the wait.
+_SHORT = {
+    **_FULL,
+    "fine_tuning": Repair(steps=200, batch=128, lr=0.01),
+    "super_fine_tuning": Repair(steps=300, batch=128, lr=0.1),
+}
+
 ROUNDS: dict[str, Round] = {
     r.name: r
     for r in (
-        _round("I", "backdoor removals", _REMOVAL, (0.25, 0.0, 0.0, 0.75), "mnist"),
+        _round("I", "backdoor removals", _REMOVAL, (0.25, 0.0, 0.0, 0.75), "mnist", repairs=_FULL),
         _round("II", "statistical detection", _STATISTICAL, (0.60, 0.20, 0.20, 0.0), "cifar10"),
         _round("III", "reverse-engineering", _REVERSE, (0.35, 0.15, 0.35, 0.15), "gtsrb"),
         _round("IV", "meta-model defenses", _META, (0.70, 0.0, 0.0, 0.30), "cifar10"),
-        _round("final", "all combined", frozenset(ORDER), (0.40, 0.15, 0.25, 0.20), "cifar10", counts=2),
+        _round(
+            "final", "all combined", frozenset(ORDER), (0.40, 0.15, 0.25, 0.20), "cifar10", counts=2, repairs=_SHORT
+        ),
     )
 }
 

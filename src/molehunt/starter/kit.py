@@ -106,6 +106,7 @@ def _facts(task: Task) -> dict[str, Any]:
                     name + ("" if name in DEFENSES else " (not there yet)") + (" †" if name in DATA_ONLY else "")
                     for name in r.defenses
                 ),
+                "repairs": [(name, r.repairs[name]) for name in r.defenses if name in r.repairs],
             }
             for r in ROUNDS.values()
         ],
