@@ -15,16 +15,17 @@ from molehunt import runner
 from molehunt.bank import roster, scores
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import build, poisoned, read_rows, regrow
-from molehunt.bank.scores import Scored, failures, population, score
+from molehunt.bank.scores import REPAIRS, Scored, failures, population, score
 from molehunt.calibration import load, save
-from molehunt.defenses import STRIP, Defense, FinePruning
+from molehunt.defenses import DEFENSES, STRIP, Defense, FinePruning
 from molehunt.engine import Run
-from molehunt.examination import Inspect
+from molehunt.examination import Inspect, searched
 from molehunt.findings import Finding, Outcome
 from molehunt.game.answers import measure
+from molehunt.runner import inspect
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import get_task
-from molehunt.testing import attack_success, share_right
+from molehunt.testing import attack_success, planted, share_right
 from molehunt.training import Recipe
 
 HURRIED = Recipe(epochs=0.1, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
@@ -144,8 +145,13 @@ class TestCandidates:
 
     def test_who_looks_is_asked_too(self) -> None:
         found = scores.with_finders({"mine": STRIP(overlays=5)})
-        assert list(found) == ["neural_cleanse", "mine"]
+        assert list(found) == ["abs", "neural_cleanse", "mine"]
         assert found["mine"] == STRIP(overlays=5)
+
+    def test_who_looks_is_who_names_triggers_or_scores_classes(self) -> None:
+        suspect = planted().suspect
+        outcomes = {n: inspect(kind(), suspect, name=n, seed=0) for n, kind in DEFENSES.items() if n not in REPAIRS}
+        assert tuple(searched(outcomes)) == scores.FINDERS
 
     def test_where_somebody_may_look_nobody_is_added(self) -> None:
         alone: tuple[dict[str, Defense], ...] = (

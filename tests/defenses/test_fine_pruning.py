@@ -26,6 +26,7 @@ from molehunt.networks import NETWORKS, Network, Normalize, anatomy, build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images
 from molehunt.testing import Planted, attack_success, planted, share_right
+from molehunt.training import Recipe, Trained, train
 
 from .trained import trained
 
@@ -393,6 +394,25 @@ def test_the_budget_is_counted_in_steps() -> None:
         assert isinstance(outcome, Finding)
         assert outcome.cost is not None
         assert outcome.cost.backward == 7 * 32
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "float32"), (torch.bfloat16, "fast")])
+def test_it_trains_in_the_number_format_of_the_suspect(
+    dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(model: nn.Module, images: Images, recipe: Recipe, **rest: Any) -> Trained:
+        seen.append(recipe.precision)
+        return train(model, images, recipe, **rest)
+
+    monkeypatch.setattr("molehunt.defenses.fine_pruning.train", spy)
+    case = planted()
+    run(
+        FinePruning(steps=2, attempts=1),
+        Suspect.of(case.suspect.model, case.suspect.task, clean=case.suspect.clean, dtype=dtype),
+    )
+    assert seen == [precision]
 
 
 def tuned(defense: FinePruning, answers: list[float | None], monkeypatch: pytest.MonkeyPatch) -> Finding:

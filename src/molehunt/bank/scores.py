@@ -33,6 +33,8 @@ Inspecting = Callable[[int], Inspect]
 
 REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
 """Defenses that answer with a repaired model and no score: there is nothing to calibrate, and they train."""
+FINDERS = ("abs", "neural_cleanse")
+"""Built-in defenses that look for triggers; what they find others judge."""
 REPAIRED = 10
 """So many clean and as many planted models of a partition are repaired: enough for the mean of a curve."""
 
@@ -49,8 +51,7 @@ def with_finders(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
     waiting = {name for name, defense in defenses.items() if judges_candidates(defense, GRANTED)}
     if not waiting or defenses.keys() - waiting - REPAIRS:
         return dict(defenses)
-    others = {name: kind() for name, kind in DEFENSES.items() if name not in REPAIRS}
-    return {**{n: d for n, d in others.items() if not judges_candidates(d, GRANTED)}, **defenses}
+    return {**{name: DEFENSES[name]() for name in FINDERS}, **defenses}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -254,8 +254,8 @@ def _search(
     penalty = Penalty(rule, len(targets), device)
     alive = torch.arange(len(targets), device=device)
     answer = Inversion(
-        mask=_squash(free[0]),
-        pattern=_squash(free[1]),
+        mask=squash(free[0]),
+        pattern=squash(free[1]),
         works=torch.zeros(len(targets), dtype=torch.bool, device=device),
         penalty=penalty.value.clone(),
         steps=torch.full_like(alive, rule.steps),
@@ -265,7 +265,7 @@ def _search(
     middle = answer.mask, answer.pattern
     for number, chosen in enumerate(batches, start=1):
         leaves = [v.requires_grad_() for v in free]
-        m, p = _squash(leaves[0]), _squash(leaves[1])
+        m, p = squash(leaves[0]), squash(leaves[1])
         if (number - 1) % rule.updates == rule.updates // 2:
             middle = m.detach(), p.detach()
         goal = targets[alive].repeat_interleave(size)
@@ -278,7 +278,8 @@ def _search(
             hits += (out.argmax(1) == goal).view(len(alive), size).float().mean(1)
             norms += norm
             free = [
-                _adam(v.detach(), g, a, b, number, rule) for v, g, a, b in zip(free, grads, first, second, strict=True)
+                adam_step(v.detach(), g, a, b, number, rule)
+                for v, g, a, b in zip(free, grads, first, second, strict=True)
             ]
         beat(number)
         if number % rule.updates:
@@ -302,21 +303,21 @@ def _search(
         hits, norms = penalty.value.new_zeros(2, len(alive)).unbind()
     fallen = alive[~answer.works[alive]]
     lost = ~answer.works[alive]
-    answer.mask[fallen], answer.pattern[fallen] = _squash(free[0][lost]), _squash(free[1][lost])
+    answer.mask[fallen], answer.pattern[fallen] = squash(free[0][lost]), squash(free[1][lost])
     return answer
 
 
-def _squash(free: Tensor) -> Tensor:
+def squash(free: Tensor) -> Tensor:
     """Any real number into (0, 1)."""
     return free.tanh() / (2.0 + MARGIN) + 0.5
 
 
 def _unsquash(value: Tensor) -> Tensor:
-    """The number that `_squash` takes to a value in [0, 1]; 0 and 1 themselves go to large finite numbers."""
+    """The number that `squash` takes to a value in [0, 1]; 0 and 1 themselves go to large finite numbers."""
     return ((value.clamp(MARGIN, 1.0 - MARGIN) - 0.5) * (2.0 + MARGIN)).clamp(-1 + MARGIN, 1 - MARGIN).atanh()
 
 
-def _adam(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, number: int, rule: Schedule) -> Tensor:
+def adam_step(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, number: int, rule: Schedule) -> Tensor:
     """One Adam update, number 1, 2, ...; the moments change in place. Written out so that rows can leave."""
     early, late = rule.betas
     first.mul_(early).add_(grad, alpha=1 - early)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molehunt.defenses._inversion import Logits, Schedule, _adam, _squash, stamp
+from molehunt.defenses._inversion import Logits, Schedule, adam_step, squash, stamp
 from molehunt.defenses._stimulation import Layer, axis_of, outputs_of
 
 OTHERS = 1e-4  # weight of the other channels of the layer, which are to stay quiet
@@ -98,7 +98,7 @@ class Patches:
     @property
     def mask(self) -> Tensor:
         """(R, 1, H, W) in (0, 1)."""
-        return _squash(self.free[0])
+        return squash(self.free[0])
 
     @property
     def pattern(self) -> Tensor:
@@ -221,7 +221,7 @@ def maximize(
         with torch.no_grad():
             grads = [torch.cat(column) for column in zip(*parts, strict=True)]
             moved = zip(kind.free, grads, first, second, strict=True)
-            kind.free = [_adam(v, g, a, b, number, rule) for v, g, a, b in moved]
+            kind.free = [adam_step(v, g, a, b, number, rule) for v, g, a, b in moved]
             kind.project()
         if drop and number == drop[0]:
             stay = drop[1](kind, aim)

@@ -215,6 +215,8 @@ class FinePruning:
         if lr is not None:
             trainable(model)
             recipe = self.recipe(len(tune.y), suspect.task.augment, lr)
+            if suspect.dtype == torch.float32:
+                recipe = dataclasses.replace(recipe, precision="float32")
             with masked(model, parts.block, mask):
                 train(model, tune, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
         freeze(model)

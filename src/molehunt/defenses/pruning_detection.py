@@ -23,8 +23,8 @@ class PruningDetection:
     Score: with `weights`, what the regression makes of the accuracies, higher is more suspicious; it is fitted to the
     labels 0 (clean) and 1 (backdoored), so 0.5 is in between, and it may leave [0, 1]. Without `weights` it is the
     coefficient of variation of the accuracies, standard deviation over mean, cut at 1: how much it matters *which*
-    filters are gone. Nobody has shown that backdoored networks have more of it rather than less, so without a
-    regression the score only counts as much as a calibration says.
+    filters are gone. That backdoored networks have more of it was seen on the develop part of the model bank, and is
+    no law: without a regression the score counts as much as a calibration says.
 
     `details` hold `accuracies` (S,), shares in [0, 1] that the copies get right; `accuracy`, that of the network as it
     is; `images`, how many; and `layers`, by path how many filters each copy loses.

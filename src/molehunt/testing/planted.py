@@ -159,15 +159,21 @@ def planted(
 @torch.no_grad()
 def attack_success(model: nn.Module, images: Images, trigger: Trigger, target: Target) -> float:
     """Share of the pictures that count whose stamped copy goes where the attacker wants it, in [0, 1]."""
-    rows = target.counts(images.y)
-    said = model(trigger(images.x[rows])).argmax(1)
-    return float((said == target.goal(images.y[rows])).double().mean())
+    rows, place = target.counts(images.y), _place(model)
+    said = model(trigger(images.x[rows].to(place))).argmax(1).cpu()
+    return float((said == target.goal(images.y[rows]).cpu()).double().mean())
 
 
 @torch.no_grad()
 def share_right(model: nn.Module, images: Images) -> float:
     """Accuracy of a model in [0, 1]."""
-    return float((model(images.x).argmax(1) == images.y).double().mean())
+    return float((model(images.x.to(_place(model))).argmax(1).cpu() == images.y.cpu()).double().mean())
+
+
+def _place(model: nn.Module) -> torch.device:
+    """Where a model answers: with its weights."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
