@@ -129,6 +129,12 @@ def current() -> list[dict[str, Any]]:
     return [r for r in rows(NAME) if Recipe.from_json(r["settings"]) == recipe_for(r["recipe"], get_task(r["task"]))]
 
 
+def named(row: dict[str, Any]) -> str:
+    """Name of the recipe, with the GPU that it ran on, if any: seconds there are not those of a processor."""
+    gpu = row["machine"].get("gpu")
+    return f"{row['recipe']} on {gpu}" if gpu else str(row["recipe"])
+
+
 def collect() -> None:
     """Write results/training.json."""
     figures = {}
@@ -138,13 +144,13 @@ def collect() -> None:
         "fast_cifar_long": (720.0, 0.935),
     }
     kept = current()
-    clean = {(r["recipe"], r["seed"]): r["accuracy"] for r in kept if r["attack"] == "clean"}
-    for key, attack in dict.fromkeys((r["recipe"], r["attack"]) for r in kept):
-        found = [r for r in kept if (r["recipe"], r["attack"]) == (key, attack)]
+    clean = {(named(r), r["seed"]): r["accuracy"] for r in kept if r["attack"] == "clean"}
+    for key, attack in dict.fromkeys((named(r), r["attack"]) for r in kept):
+        found = [r for r in kept if (named(r), r["attack"]) == (key, attack)]
         twins = [clean[key, r["seed"]] - r["accuracy"] for r in found if (key, r["seed"]) in clean]
         goal = goals.get(key, (None, None))
         dtypes = ", ".join(sorted({r["dtype"] for r in found}))
-        amx = all(r["machine"]["amx"] for r in found)
+        amx = all(r["machine"]["amx"] or r["machine"].get("gpu") for r in found)
         note = dtypes + ("" if amx else "; no AMX here; the goals were set on a machine that has it")
         made = [
             ("time", [r["seconds"] for r in found], "s", goal[0], "lower"),
@@ -163,7 +169,7 @@ def collect() -> None:
                 better=better,  # type: ignore[arg-type]  # one of the two words, from the table above
                 spread=spread(values),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/training.py run --recipe {key} --attack {attack}",
+                command=f"python benchmarks/training.py run --recipe {key.partition(' ')[0]} --attack {attack}",
                 note=f"{note}; load before each run {[r['busy'] for r in found]}" if what == "time" else "",
             )
     # All figures come from the rows, so that one of a recipe that is no more must not stay.

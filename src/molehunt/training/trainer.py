@@ -61,8 +61,9 @@ def train(
 ) -> Trained:
     """Train a model in place.
 
-    Only parameters with `requires_grad` are trained; hooks on the model are left alone and run in every step. The same
-    arguments and thread count give the same weights, also when the training was interrupted and resumed.
+    Only parameters with `requires_grad` are trained; hooks on the model are left alone and run in every step. On a
+    CPU the same arguments and thread count give the same weights, also when the training was interrupted and resumed;
+    on a GPU they differ by its rounding.
 
     Args:
         model: any classifier of images in [0, 1]. A `Network` sets its data-dependent layers first if the recipe
