@@ -21,7 +21,7 @@ from molehunt.game.host import Played
 from molehunt.game.referee import Judged
 from molehunt.game.scoring import Points, Truth, judge
 from molehunt.networks import Network
-from molehunt.report import FOUND_AT, Change, GameReport, GateView, Pictures, Row, SubmissionView
+from molehunt.report import FOUND_AT, Change, GameReport, GateView, Pictures, RemovalView, Row, SubmissionView
 from molehunt.triggers import Target
 
 SHOWN = 5  # example pictures per submission
@@ -101,6 +101,7 @@ def result(played: Played, document: GameReport) -> dict[str, Any]:
                 "p_values": dict(one.verdict.p_values),
                 "stream_auc": one.stream,
                 "points": asdict(one.points),
+                "removals": [asdict(removal) for removal in one.removals],
                 "seconds": {o.defense: c.seconds for o in one.verdict.outcomes if (c := _cost(o)) is not None},
             }
             for one in played.judged
@@ -197,6 +198,15 @@ def _view(played: Played, one: Judged) -> SubmissionView:
         pictures=_pictures(played, one),
         accuracy=_change(points.accuracy, one.verdict),
         asr=_change(points.asr, one.verdict),
+        removals=tuple(
+            RemovalView(
+                defense=removal.defense,
+                accuracy=Change(before=removal.accuracy[0], after=removal.accuracy[1]),
+                asr=None if removal.asr is None else Change(before=removal.asr[0], after=removal.asr[1]),
+                taken=removal.taken,
+            )
+            for removal in one.removals
+        ),
         points={
             name: value
             for name in ("detection", "target", "trigger", "cleaning")

@@ -16,6 +16,7 @@ from molehunt.game import seal
 from molehunt.game.answers import accuracy, measure
 from molehunt.game.gate import Gate
 from molehunt.game.gates import ReferenceAccuracy, all_gates
+from molehunt.game.removals import Removal, removals
 from molehunt.game.scoreboard import auc
 from molehunt.game.scoring import Points, Truth, judge
 from molehunt.game.seal import Sealed
@@ -43,6 +44,7 @@ class Judged:
         model: the submitted model.
         arrived: its place, from 0, in the order in which the host took the submissions in.
         stream: AUC of STRIP on a stream of hidden inputs of which half are stamped; None without a trigger.
+        removals: what every repair that was offered does on hidden images.
     """
 
     submission: Submission
@@ -55,6 +57,7 @@ class Judged:
     model: Network
     arrived: int
     stream: float | None
+    removals: tuple[Removal, ...] = ()
 
     @property
     def valid(self) -> bool:
@@ -168,6 +171,7 @@ class Referee:
             model=model,
             arrived=arrived,
             stream=self._auc(submission, sealed),
+            removals=removals(verdict, truth, self.hidden, model, self.assemble),
         )
 
     def _inputs(self, sealed: Sealed) -> torch.Tensor:

@@ -18,6 +18,7 @@ from molehunt import figures
 from molehunt.figures import Picture
 from molehunt.findings import Abstention, Cost, Failure, Finding, Verdict
 from molehunt.report import words
+from molehunt.report.grid import Grid
 from molehunt.report.views import GameReport, Pictures, Row, ScanReport, SubmissionView
 
 EXAMPLES = 4  # example images per submission; more make the page heavy and nobody looks at them
@@ -37,6 +38,7 @@ def game_html(report: GameReport) -> str:
         dots=[(number, s, row) for (number, s), row in zip(verdicts, rows, strict=True)],
         marks=MARKS,
         tally=_tally(report),
+        grid=Grid.of(report),
         boards=[b for b in (_Board.of("Defenders", report.defenders), _Board.of("Attackers", report.attackers)) if b],
     )
 

@@ -91,6 +91,23 @@ class Pictures:
                 raise ValueError(f"{name}: expected {len(self.clean)} names, got {len(said)}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RemovalView:
+    """What one defense's repair does to a submission.
+
+    Attributes:
+        defense: its name.
+        accuracy: clean accuracy before and after.
+        asr: attack success rate of the true trigger before and after; None on a clean model.
+        taken: whether the verdict hands this one back.
+    """
+
+    defense: str
+    accuracy: Change
+    asr: Change | None = None
+    taken: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SubmissionView:
     """One submission of a game, after publication.
@@ -108,6 +125,7 @@ class SubmissionView:
         pictures: example images; None if there are none.
         accuracy: clean accuracy before and after the repair.
         asr: attack success rate of the true trigger before and after the repair.
+        removals: every repair that was offered, the one that was taken among them.
         points: points by name, in the order in which they are shown.
         notes: anything else to say.
     """
@@ -124,6 +142,7 @@ class SubmissionView:
     pictures: Pictures | None = None
     accuracy: Change | None = None
     asr: Change | None = None
+    removals: tuple[RemovalView, ...] = ()
     points: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
