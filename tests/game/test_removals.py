@@ -59,7 +59,8 @@ def test_accuracy_and_success_before_and_after() -> None:
     truth = Truth(backdoored=True, trigger=TRIGGER, target=Target(classes=0))
     found = removals(verdict("fine_pruning"), truth, IMAGES, answering(1, 20), made)
     assert [(r.defense, r.taken) for r in found] == [("fine_tuning", False), ("fine_pruning", True)]
-    assert [r.accuracy for r in found] == [(pytest.approx(29 / 30), 1.0), (pytest.approx(29 / 30), 0.9)]
+    assert [r.accuracy[0] for r in found] == pytest.approx([29 / 30, 29 / 30])
+    assert [r.accuracy[1] for r in found] == pytest.approx([1.0, 0.9])
     assert [r.asr for r in found] == [(1.0, 0.9), (1.0, 0.1)]
 
 
