@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molehunt.attacks import ATTACKS
 from molehunt.confinement import Limits
+from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
 from molehunt.networks import NETWORKS, build, capture, features
 from molehunt.training.recipes import RECIPES, SMALL
@@ -167,6 +168,16 @@ def test_the_figures_of_training_are_those_that_were_measured() -> None:
             rest = numbers[1:] or [numbers[0]] * 2
             assert rest == pytest.approx(spread[1:], abs=0.051 if name == "time" else 0.0051), key
     assert shown == set(figures), "run: python benchmarks/training.py collect"
+
+
+def test_the_budgets_of_removals_are_those_of_the_rules() -> None:
+    wanted = [
+        [played.name, name, str(repair.steps), str(repair.batch), f"{repair.lr:g}"]
+        for played in ROUNDS.values()
+        for name in played.defenses
+        if (repair := played.repairs.get(name)) is not None
+    ]
+    assert table("docs/run/scoring.md", "What removals may spend") == wanted
 
 
 def test_the_figures_of_populations_are_those_that_were_measured() -> None:

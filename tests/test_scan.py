@@ -16,8 +16,9 @@ from molehunt import runner
 from molehunt.calibration import Population, Reference
 from molehunt.defenses import Defense, FinePruning, NeuralCleanse
 from molehunt.examination import Inspect
-from molehunt.findings import Finding, Outcome
+from molehunt.findings import Abstention, Finding, Outcome
 from molehunt.networks import Network
+from molehunt.repair import REPAIR_FROM
 from molehunt.report import ScanReport, answer, scan_html, scan_json, scan_text
 from molehunt.scan import clean_images, comparable, scan
 from molehunt.suspect import Suspect
@@ -220,3 +221,32 @@ def test_references_of_other_models_are_refused() -> None:
     for task, network in (("mnist", "badnets_cnn"), ("mnist5k", "lenet5")):
         with pytest.raises(ValueError, match="the references are badnets_cnn models of mnist5k"):
             comparable(known, TASKS[task], network)
+
+
+@pytest.mark.parametrize("backdoored", [True, False])
+def test_repairs_are_asked_only_where_one_may_be_taken(backdoored: bool, found: ScanReport) -> None:
+    clean = population(found, 0.9)
+    planted_ones = tuple(
+        Reference(seed=100 + i, scores={"neural_cleanse": 40.0 + i}, attack=f"family {i % 4}") for i in range(40)
+    )
+    known = replace(clean, models=clean.models + planted_ones)
+    asked = []
+
+    def spy(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+        asked.append(name)
+        # The twin looks cleaner than every reference, the planted one like the planted ones.
+        outcome = ask(name, defense, suspect)
+        assert isinstance(outcome, Finding)
+        return outcome if outcome.score is None else replace(outcome, score=45.0 if backdoored else 0.1)
+
+    report = look(case(backdoored=backdoored), spy, known)
+    assert (report.verdict.p >= REPAIR_FROM) == backdoored
+    assert asked == ["neural_cleanse", "fine_pruning"][: 1 + backdoored]
+    repair = next(o for o in report.verdict.outcomes if o.defense == "fine_pruning")
+    if backdoored:
+        assert isinstance(repair, Finding)
+        assert report.verdict.repaired is not None
+    else:
+        assert isinstance(repair, Abstention)
+        assert "the submitted weights stand" in repair.reason
+        assert report.verdict.repaired is None

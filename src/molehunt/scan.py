@@ -10,10 +10,11 @@ import torch
 
 from molehunt import combine
 from molehunt.calibration import Population
-from molehunt.defenses import Defense
+from molehunt.defenses import Defense, without_repairs
 from molehunt.examination import Inspect, divide, examine
-from molehunt.findings import Outcome, Verdict
+from molehunt.findings import Abstention, Outcome, Verdict
 from molehunt.networks import Network
+from molehunt.repair import REPAIR_FROM
 from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
@@ -82,6 +83,9 @@ def scan(
 ) -> ScanReport:
     """Ask every defense about a model and fuse the answers.
 
+    Repairs are asked last, and not at all where p stays below `repair.REPAIR_FROM`: the submitted weights would stand
+    whatever they answered.
+
     Args:
         model: the model.
         task: what it was trained for.
@@ -99,10 +103,23 @@ def scan(
     """
     seen, held_out = divide(clean)
     suspect = Suspect.of(model, task, clean=seen, device=device)
-    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
-    verdict = combine.verdict(
-        outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
-    )
+    asked = without_repairs(defenses)
+    outcomes: dict[str, Outcome] = dict(examine(suspect, asked, inspect))
+
+    def fused() -> Verdict:
+        return combine.verdict(
+            outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
+        )
+
+    verdict = fused()
+    repairs = {repair: defense for repair, defense in defenses.items() if repair not in asked}
+    if repairs:
+        if verdict.p >= REPAIR_FROM:
+            outcomes |= {repair: inspect(repair, defense, suspect) for repair, defense in repairs.items()}
+        else:
+            why = f"not asked: p is {verdict.p:.3f}, and below {REPAIR_FROM} the submitted weights stand"
+            outcomes |= {repair: Abstention(defense=repair, reason=why) for repair in repairs}
+        verdict = fused()
     repaired = _repaired(suspect, verdict)
     accuracy = Change(
         before=_accuracy(suspect, held_out), after=None if repaired is None else _accuracy(repaired, held_out)

@@ -15,9 +15,9 @@ from molehunt import runner
 from molehunt.bank import roster, scores
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import build, poisoned, read_rows, regrow
-from molehunt.bank.scores import REPAIRS, Scored, failures, population, score
+from molehunt.bank.scores import Scored, failures, population, score
 from molehunt.calibration import load, save
-from molehunt.defenses import DEFENSES, STRIP, Defense, FinePruning
+from molehunt.defenses import DEFENSES, REPAIRS, STRIP, Defense, FinePruning
 from molehunt.engine import Run
 from molehunt.examination import Inspect, searched
 from molehunt.findings import Finding, Outcome
@@ -367,7 +367,7 @@ class TestPlanted:
 
     def test_ten_of_each_kind(self) -> None:
         assert scores.REPAIRED == 10
-        assert "fine_pruning" in scores.REPAIRS
+        assert "fine_pruning" in REPAIRS
 
 
 class Backwards:

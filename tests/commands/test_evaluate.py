@@ -9,11 +9,11 @@ import pytest
 from commands import dying
 from molehunt import confinement
 from molehunt import defenses as ours
-from molehunt.bank import rows, scores
+from molehunt.bank import rows
 from molehunt.bank.code import place_of
 from molehunt.cli import main
 from molehunt.commands.evaluate import _find
-from molehunt.defenses import STRIP, FinePruning, NeuralCleanse
+from molehunt.defenses import REPAIRS, STRIP, FinePruning, NeuralCleanse
 from molehunt.game.rules import Limits
 
 CODE = """
@@ -225,7 +225,7 @@ def test_references_in_another_number_format_are_refused(
 
 
 def test_a_pure_repair_has_no_auc(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "fine_pruning" in scores.REPAIRS
+    assert "fine_pruning" in REPAIRS
     assert main(["evaluate", "fine_pruning", "--most", "1", "--not-isolated"]) == 3
     assert "no defense gave a score (pure repairs have none)" in capsys.readouterr().err
 

@@ -7,8 +7,8 @@ import torch
 
 from molehunt.bank.code import place_of
 from molehunt.bank.roster import Entry
-from molehunt.bank.scores import REPAIRS, kept, population, with_finders
-from molehunt.defenses import DEFENSES
+from molehunt.bank.scores import kept, population, with_finders
+from molehunt.defenses import DEFENSES, REPAIRS
 from molehunt.testing import auc
 
 

@@ -18,7 +18,7 @@ from molehunt.bank.code import digest
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import Row, backdoored, poisoned, read_rows, regrow
 from molehunt.calibration import Population, Reference, recorded, settings, statistic
-from molehunt.defenses import DEFENSES, Defense
+from molehunt.defenses import DEFENSES, REPAIRS, Defense
 from molehunt.engine import Engine, Local
 from molehunt.examination import Inspect, divide, examine, judges_candidates
 from molehunt.files import write_atomically
@@ -31,8 +31,6 @@ from molehunt.tasks import get_task
 Inspecting = Callable[[int], Inspect]
 """From the seed of a model to what runs defenses on it."""
 
-REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
-"""Defenses that answer with a repaired model and no score: there is nothing to calibrate, and they train."""
 FINDERS = ("abs", "neural_cleanse")
 """Built-in defenses that look for triggers; what they find others judge."""
 REPAIRED = 10

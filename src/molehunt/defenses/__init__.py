@@ -1,5 +1,7 @@
 """Defenses: one file each, and `DEFENSES`, their table of contents."""
 
+from collections.abc import Mapping
+
 from molehunt.defenses.abs import ABS
 from molehunt.defenses.contract import Defense
 from molehunt.defenses.fine_pruning import FinePruning
@@ -24,6 +26,14 @@ DEFENSES: dict[str, type[Defense]] = {
     "super_fine_tuning": SuperFineTuning,
 }
 
+REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
+"""Built-in defenses that answer with a repaired model and no score: they train, and say nothing about clean models."""
+
+
+def without_repairs(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
+    """Return the defenses that may give a score: all but the built-in repairs."""
+    return {name: defense for name, defense in defenses.items() if name not in REPAIRS}
+
 
 def available() -> dict[str, type[Defense]]:
     """Return the built-in defenses and those that installed packages add, by name.
@@ -39,6 +49,7 @@ def available() -> dict[str, type[Defense]]:
 __all__ = [
     "ABS",
     "DEFENSES",
+    "REPAIRS",
     "STRIP",
     "Defense",
     "FinePruning",
@@ -49,4 +60,5 @@ __all__ = [
     "SpectralSignatures",
     "SuperFineTuning",
     "available",
+    "without_repairs",
 ]

@@ -30,7 +30,7 @@ import torch
 
 from molehunt import calibration, combine, findings
 from molehunt.calibration import Population
-from molehunt.defenses import Defense
+from molehunt.defenses import Defense, without_repairs
 from molehunt.engine import Engine
 from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
@@ -266,7 +266,9 @@ class Host:
             clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
             training = self.delivery.clean(f"reference {i + 1}")
             suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
-            return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect)
+            # What a repair does to a clean model is no score: nothing to compare with comes of it.
+            asked = without_repairs(self.defenses)
+            return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect, asked)
 
         for i, outcomes in enumerate(self._together(look, range(len(referee.references)))):
             rows.append(outcomes)
@@ -294,7 +296,7 @@ class Host:
             if not path.exists():
                 training = self.delivery.seen(submission)
                 suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
-                outcomes = self._examine(suspect, folder, inspect)
+                outcomes = self._examine(suspect, folder, inspect, self.defenses)
                 verdict = combine.verdict(
                     outcomes.values(),
                     population,
@@ -317,8 +319,10 @@ class Host:
             },
         )
 
-    def _examine(self, suspect: Suspect, folder: Path, inspect: Inspect) -> dict[str, findings.Outcome]:
-        """Run every defense on one model; each answer is on disk before the next defense begins."""
+    def _examine(
+        self, suspect: Suspect, folder: Path, inspect: Inspect, defenses: Mapping[str, Defense]
+    ) -> dict[str, findings.Outcome]:
+        """Run defenses on one model; each answer is on disk before the next defense begins."""
 
         def kept(name: str, defense: Defense, seen: Suspect) -> findings.Outcome:
             path = folder / f"{name}.json"
@@ -326,7 +330,7 @@ class Host:
                 findings.save(inspect(name, defense, seen), path)
             return findings.load(path)  # type: ignore[return-value]  # written above: an outcome
 
-        return dict(examine(suspect, self.defenses, kept))
+        return dict(examine(suspect, defenses, kept))
 
     def _publish(self, books: list[Entry], referee: Referee, seen: Images) -> tuple[Judged, ...]:
         """Open every seal, check it against its commitment, and count the points."""

@@ -16,7 +16,7 @@ from torch import Tensor
 import molehunt
 from molehunt import calibration, checkpoints, combine, findings
 from molehunt.calibration import Population
-from molehunt.defenses import Defense
+from molehunt.defenses import Defense, without_repairs
 from molehunt.examination import Inspect, divide, examine
 from molehunt.findings import Failure, Outcome, Verdict
 from molehunt.game.check import References
@@ -116,7 +116,7 @@ def population(
         training = task.load("train") if board == "data" else None
         suspect = Suspect.of(references.get(number), task, clean=clean, training=training)
         folder = references.folder / "outcomes" / str(number)
-        rows.append(dict(examine(suspect, defenses, _kept(folder, suspect, inspect))))
+        rows.append(dict(examine(suspect, without_repairs(defenses), _kept(folder, suspect, inspect))))
         done(f"reference {number + 1}")
     return calibration.population(rows, task=task.name, network=network, recipe=calibration.recorded(network, task))
 
