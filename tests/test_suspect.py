@@ -205,3 +205,13 @@ class TestAnswers:
         other = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         assert torch.equal(suspect.logits(x), suspect.logits(other))
         assert torch.allclose(suspect.logits(x[::2]), suspect.logits(x)[::2], atol=1e-5)
+
+
+def test_an_activation_in_place_does_not_overwrite_what_a_hook_sees() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 36, 10))
+    suspect = Suspect.of(model, planted().suspect.task, dtype=torch.float32)
+    seen = []
+    suspect.frozen[0].register_forward_hook(lambda _m, _i, output: seen.append(output))  # type: ignore[index]
+    suspect.frozen(torch.rand(8, 1, 8, 8))
+    assert float(seen[0].min()) < 0
+    assert model[1].inplace, "the suspect's own network stays as it is"

@@ -47,6 +47,9 @@ def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     for module in fast.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.to(dtype)
+        # Who looks at what a layer puts out must not find it overwritten by the activation that follows.
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]  # a plain attribute of activations
     return fast
 
 

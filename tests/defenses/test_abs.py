@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from molehunt.defenses._maximization import Patches
 from molehunt.defenses._reasr import Held, Trial, hold
 from molehunt.defenses._stimulation import Channel
-from molehunt.defenses.abs import ABS, Row
+from molehunt.defenses.abs import ABS, Row, _warnings
 from molehunt.engine import Cancelled, OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.runner import name_of
@@ -175,11 +175,54 @@ def test_images_of_stimulation_search_and_measurement_are_disjoint_and_every_cla
     rows = [set(part.x.flatten().tolist()) for part in parts]
     assert [len(part) for part in rows] == [12, 40, 200]
     assert len(rows[0] | rows[1] | rows[2]) == 252
-    assert [torch.bincount(part.y).tolist() for part in parts[:2]] == [[3, 3, 3, 3], [11, 11, 11, 7]]
+    # Half of the ten of the rarest class are kept to measure on.
+    assert [torch.bincount(part.y).tolist() for part in parts] == [[3, 3, 3, 3], [13, 13, 12, 2], [136, 44, 15, 5]]
     few = ABS().split(Images(clean.x[:30], y[:30]), torch.Generator())
-    assert [len(part.y) for part in few] == [10, 10, 10]
+    assert [len(part.y) for part in few] == [10, 5, 15]
     for part in parts:
         assert torch.equal(part.y, y[part.x.flatten().long()])
+
+
+def test_a_rare_class_does_not_hide_a_backdoor() -> None:
+    """Were all of its images used up before, no image would be left that the trigger moves."""
+    case = planted(classes=2, target=1)
+    clean = case.suspect.clean
+    assert clean is not None
+    rows = torch.cat(((clean.y == 0).nonzero().flatten()[:25], (clean.y == 1).nonzero().flatten()[:200]))
+    few = Images(clean.x[rows], clean.y[rows])
+    assert torch.bincount(few.y).tolist()[0] == 25
+    found = asked(SHORT, Suspect.of(case.suspect.model, case.suspect.task, clean=few))
+    assert found.score is not None
+    assert found.score > 0.9
+    assert found.target == 1
+
+
+def test_a_class_that_nothing_measures_is_told() -> None:
+    channel = Channel("trunk.0", 0, 1, 1.0)
+    rows = [Row("patch", channel, Trial(0.0, 0.0, -math.inf, 0), 0.0, Patch.square((1, 4, 4), size=1), None)]
+    assert _warnings(rows, ("cat", "dog")) == ["no image of another class than dog was left to measure on: not judged"]
+    assert _warnings([rows[0]._replace(trial=Trial(0.1, 0.0, 0.0, 9))], ("cat", "dog")) == []
+
+
+def test_rows_that_the_baseline_explains_do_not_push_out_a_backdoor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from molehunt.defenses import abs as module
+
+    went_on: list[list[int]] = []
+
+    def spy(_logits: Any, _layers: Any, aim: Any, kind: Any, *_: Any, drop: Any, **__: Any) -> Any:
+        went_on.append(drop[1](kind, aim).tolist())
+        return kind
+
+    turn = iter(range(10_000))
+
+    def trial(_suspect: Any, _held: Any, _target: int, _stamped: Tensor, natural: Tensor | None = None) -> Trial:
+        assert natural is not None, "patches are judged against a piece of a real image, also on the way"
+        return Trial(0.5, 0.0, 0.0, 50) if next(turn) == 3 else Trial(0.9, 0.9, 0.0, 50)
+
+    monkeypatch.setattr(module, "maximize", spy)
+    monkeypatch.setattr(module, "judge", trial)
+    asked(dataclasses.replace(SHORT, filters=False, keep=0.01), planted().suspect)
+    assert went_on == [[3]]
 
 
 def test_no_search_sees_what_measures_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from molehunt.defenses import _tuning
 from molehunt.defenses._held_out import split
 from molehunt.defenses._tuning import Plan, repair, tunable, tune
 from molehunt.defenses.fine_tuning import FineTuning
-from molehunt.engine import Run
+from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.networks import Network, build
 from molehunt.suspect import Access, Suspect
@@ -167,7 +167,8 @@ def test_the_head_is_trained_on_features_of_the_network_as_it_was() -> None:
 
 
 def test_a_whitening_layer_is_left_as_it_is() -> None:
-    model = build("narrow_cifar", (3, 16, 16), 5, rng=torch.Generator().manual_seed(0))
+    task = tiny.task(shape=(3, 16, 16), classes=5)
+    model = build("narrow_cifar", (3, 16, 16), 5, mean=task.mean, std=task.std, rng=torch.Generator().manual_seed(0))
     assert isinstance(model, Network)
     x = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model.initialize(x)
@@ -334,6 +335,37 @@ def test_after_going_back_it_goes_on_with_the_momentum_of_that_state() -> None:
         torch.testing.assert_close(repaired[name], parameter.detach())
 
 
+def test_a_kept_state_can_be_gone_back_to_twice() -> None:
+    """What an optimizer is given back becomes its own, and a bad step writes into it."""
+    suspect, _ = sabotaged(lambda count: count in (7, 11))
+    model = tunable(suspect.model, torch.rand(1, *suspect.task.shape), head_only=False)
+    images, rng = parts(suspect)
+    # Kept at steps 0, 6 and 12; the bad batches are noticed at 10 and 12, and both times it goes back to step 6.
+    changes = {"steps": 14, "keep": 6}
+    assert tune(model, images, plan(**changes), lr=0.02, run=Run(rng=rng), dtype=torch.float32) == 2
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+
+
+def test_where_time_ends_the_best_finished_attempt_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def slow(*_: Any, **__: Any) -> int:
+        tries.append(1)
+        if len(tries) > 1:
+            raise OutOfTime("the deadline passed")
+        return 0
+
+    monkeypatch.setattr(_tuning, "tune", slow)
+    monkeypatch.setattr(_tuning, "accuracy", lambda *_: 0.9 if not tries else 0.5)
+    found = find(FineTuning(steps=4), tiny.suspect())
+    assert found.repaired is not None
+    assert found.details["rates"] == [{"lr": 0.01, "accuracy": 0.5, "restored": 0}]
+    assert any(warning.startswith("no time was left to try 0.0033") for warning in found.details["warnings"])
+    tries.append(1)
+    with pytest.raises(OutOfTime):
+        find(FineTuning(steps=4), tiny.suspect())
+
+
 def plan(**changes: Any) -> Plan:
     defense = FineTuning(schedule="constant", weight_decay=0.0)
     made = defense.plan(dataclasses.replace(defense.recipe(), batch=16, precision="float32"))
@@ -491,12 +523,13 @@ def test_the_control_learns() -> None:
 
 
 def test_the_control_computes_its_own_whitening() -> None:
-    model = build("narrow_cifar", (3, 16, 16), 5, rng=torch.Generator().manual_seed(0))
+    task = tiny.task(shape=(3, 16, 16), classes=5)
+    model = build("narrow_cifar", (3, 16, 16), 5, mean=task.mean, std=task.std, rng=torch.Generator().manual_seed(0))
     assert isinstance(model, Network)
     x = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model.initialize(x.square())
     clean = Images(x, torch.arange(20) % 5)
-    suspect = Suspect.of(model, tiny.task(shape=(3, 16, 16), classes=5), clean=clean, dtype=torch.float32)
+    suspect = Suspect.of(model, task, clean=clean, dtype=torch.float32)
     scratch = find(FineTuning(steps=1, batch=8, control=True), suspect).details["scratch"]
     expected = copy.deepcopy(model)
     expected.initialize(parts(suspect)[0].x)

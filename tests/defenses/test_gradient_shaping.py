@@ -260,20 +260,23 @@ def test_retraining_uses_no_submitted_weight() -> None:
 def test_a_network_of_the_list_is_built_anew() -> None:
     made = [build("narrow_cifar", (3, 16, 16), CLASSES, rng=torch.Generator().manual_seed(s)) for s in (0, 1)]
     images = pictures(30, (3, 16, 16))
-    states = [fresh(m, images, Run(rng=torch.Generator().manual_seed(4))).state_dict() for m in made]
+    about = dataclasses.replace(planted().suspect.task, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    states = [fresh(m, images, Run(rng=torch.Generator().manual_seed(4)), about).state_dict() for m in made]
     assert states[0].keys() == made[0].state_dict().keys()
     for key, value in states[0].items():
         assert torch.equal(value, states[1][key])
     changed = {k for k, v in made[0].state_dict().items() if not torch.equal(v, states[0][k])}
     assert {"trunk.0.weight", "trunk.2.weight", "trunk.4.running_mean", "head.weight"} <= changed
-    assert "normalize.mean" not in changed
+    # Whoever submits a network may have put anything there.
+    assert states[0]["normalize.mean"].flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert states[0]["normalize.std"].flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
 def test_batch_norm_is_frozen_at_the_statistics_of_the_new_weights() -> None:
     training = pictures(64)
     suspect = suspect_of(small("batch norm"), training=training)
     found = run(GradientShaping(steps=6, batch=16, lr=0.2), suspect)
-    start = fresh(suspect.model, training, Run(rng=torch.Generator().manual_seed(0)))
+    start = fresh(suspect.model, training, Run(rng=torch.Generator().manual_seed(0)), suspect.task)
     inside = start[0](training.x)  # type: ignore[index]
     norm = start[1]  # type: ignore[index]
     torch.testing.assert_close(norm.running_mean, inside.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
@@ -299,8 +302,9 @@ def test_fine_tuning_keeps_the_statistics_of_the_suspect(evidence: str) -> None:
 
 def test_whitening_is_computed_and_never_trained() -> None:
     images = pictures(30, (3, 16, 16))
-    model = build("narrow_cifar", (3, 16, 16), CLASSES, rng=torch.Generator().manual_seed(0)).eval()
     task = dataclasses.replace(planted().suspect.task, shape=(3, 16, 16), classes=tuple("abcd"))
+    rng = torch.Generator().manual_seed(0)
+    model = build("narrow_cifar", (3, 16, 16), CLASSES, mean=task.mean, std=task.std, rng=rng).eval()
     suspect = Suspect.of(model, task, training=images, dtype=torch.float32, device="cpu")
     found = run(GradientShaping(steps=1, batch=8, sigma=1.0), suspect)
     model.initialize(images.x)

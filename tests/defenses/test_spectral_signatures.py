@@ -14,7 +14,7 @@ import molehunt.defenses.spectral_signatures as module
 from molehunt.defenses import _spectra
 from molehunt.defenses._spectra import Grouped, Spectra, class_spectra, coordinates, halves, largest_gaps
 from molehunt.defenses.spectral_signatures import SpectralSignatures, broken, marked, removal_counts
-from molehunt.engine import Run
+from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.networks import build
 from molehunt.runner import inspect
@@ -489,11 +489,32 @@ def test_without_assumed_poison_nothing_goes_and_the_training_is_the_plain_one(
     found = run(SpectralSignatures(epsilon=0.0, score=score), suspect, seed=4)
     assert found.details["removed"].tolist() == []
     rng = seeded(4)
-    model = build("badnets_cnn", SHAPE, 4, mean=(0.3,), std=(0.25,), rng=rng)
-    train(model, training, QUICK, rng=rng, device="cpu")
+    task = suspect.task
+    model = build("badnets_cnn", SHAPE, 4, mean=task.mean, std=task.std, rng=rng)
+    train(model, training, dataclasses.replace(QUICK, precision="float32"), rng=rng, device="cpu")
     assert found.repaired is not None
     assert found.repaired.keys() == model.state_dict().keys()
     assert all(torch.equal(found.repaired[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("error", [OutOfTime("the deadline passed"), FloatingPointError("it diverged")])
+def test_scores_outlive_a_training_that_fails(
+    error: Exception, quick: list[tuple[str, Task]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise error
+
+    training = pictures(80)
+    suspect = Suspect.of(fresh(1), task_of(training), training=training, dtype=torch.float32, device="cpu")
+    whole = run(SpectralSignatures(), suspect)
+    monkeypatch.setattr("molehunt.defenses.spectral_signatures.train", failing)
+    found = run(SpectralSignatures(), suspect)
+    assert found.repaired is None
+    assert whole.repaired is not None
+    assert found.sample_scores is not None
+    assert whole.sample_scores is not None
+    assert torch.equal(found.sample_scores, whole.sample_scores)
+    assert found.details["warnings"][-1] == f"not trained again: {error}"
 
 
 def test_training_again_begins_with_fresh_weights(quick: list[tuple[str, Task]]) -> None:

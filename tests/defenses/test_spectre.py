@@ -239,6 +239,17 @@ def test_small_empty_and_constant_classes_score_zero_and_leave_the_others_alone(
     assert len(more["directions"]) == 4  # type: ignore[arg-type]
 
 
+def test_the_class_with_the_poison_sticks_out_not_the_smallest() -> None:
+    rng = seeded(0)
+    x = torch.randn(670, 128, generator=rng)
+    labels = torch.tensor([0] * 300 + [1] * 300 + [2] * 70)
+    x[:15, 0] += 8.0
+    found = SpectralSignatures(score="quantum", retrain=False)
+    spectra = class_spectra(x, labels, 3, axes=64)
+    _, class_scores, _ = found._quantum(coordinates(x, labels, spectra), labels, spectra, Run())
+    assert int(class_scores.argmax()) == 0
+
+
 def test_groups_of_classes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(90, 5, generator=seeded(0))
     labels = torch.arange(90) % 3

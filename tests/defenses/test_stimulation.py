@@ -98,6 +98,18 @@ def test_the_sections_of_a_network_are_the_network(name: str) -> None:
     assert len(sections(model)) > 3
 
 
+def test_a_module_that_occurs_twice_is_run_twice() -> None:
+    act, rng = nn.Sigmoid(), torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), act, nn.Flatten(), nn.Linear(12, 6), act, nn.Linear(6, 5))
+    x = torch.rand(2, 1, 4, 4, generator=rng)
+    a = x
+    with torch.no_grad():
+        for _, section in sections(model):
+            a = section(a)
+        assert torch.equal(a, model(x))
+    assert len(sections(model)) == 6
+
+
 def test_what_does_not_run_part_by_part_is_left_whole() -> None:
     class Twice(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:

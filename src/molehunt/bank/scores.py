@@ -241,7 +241,10 @@ def read_scored(path: Path) -> Scored | None:
 
 
 def _for(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Defense]:
-    return {name: d for name, d in defenses.items() if name not in REPAIRS or entry.number < REPAIRED}
+    """Return who is asked about a model: who can have an opinion, and repairs where the model is to be repaired."""
+    evidence = GRANTED | {Access.CANDIDATES}
+    able = {n: d for n, d in defenses.items() if any(need <= evidence for need in d.needs)} or dict(defenses)
+    return {n: d for n, d in able.items() if n not in REPAIRS or entry.number < REPAIRED}
 
 
 def _code(defenses: Mapping[str, Defense]) -> dict[str, str]:
@@ -251,7 +254,11 @@ def _code(defenses: Mapping[str, Defense]) -> dict[str, str]:
 def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Defense]) -> bool:
     # Through JSON, as the file went: a tuple comes back as a list.
     told = json.loads(json.dumps({name: configuration(defense) for name, defense in asked.items()}))
-    same = kept.asked == told and kept.code == _code(asked) and kept.threads == torch.get_num_threads()
+    # Who had no opinion then and is not asked now changes nothing.
+    counted = {name for name in kept.asked if name in told or name not in kept.abstained}
+    same = {name: kept.asked[name] for name in counted} == told
+    same = same and {name: kept.code[name] for name in counted} == _code(asked)
+    same = same and kept.threads == torch.get_num_threads()
     # Another release may score otherwise, and a file of scores has one number for each program.
     today = {"molehunt": molehunt.__version__, "torch": torch.__version__}
     same = same and all(kept.versions.get(name, text) == text for name, text in today.items())

@@ -17,19 +17,19 @@ BATCH = 256
 SAMPLES = 2048  # images that settle the statistics of batch norm
 
 
-def redraw(model: nn.Module, rng: torch.Generator) -> nn.Module:
-    """Make the same network with weights of its own, on the CPU: none of the submitted weights is used.
+def redraw(model: nn.Module, rng: torch.Generator, task: Task) -> nn.Module:
+    """Make the same network with weights of its own, on the CPU: none of the submitted numbers is used.
 
     Args:
         model: the submitted one, left as it is.
         rng: draws the weights.
+        task: its pictures set what the first layer subtracts and divides by.
 
     Raises:
         ValueError: it has weights that nobody here knows how to draw; the layer is named.
     """
     if isinstance(model, Network) and (model.name in NETWORKS or model.name.startswith("timm:")):
-        mean, std = model.normalize.mean, model.normalize.std
-        return build(model.name, model.shape, model.classes, mean=mean.cpu(), std=std.cpu(), rng=rng).eval()
+        return build(model.name, model.shape, model.classes, mean=task.mean, std=task.std, rng=rng).eval()
     made = copy.deepcopy(model).cpu()
     drawn = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm, Patches, Normalize)
     for path, layer in made.named_modules():
@@ -50,7 +50,7 @@ def recipe_of_fresh(model: nn.Module, task: Task) -> Recipe:
         return Recipe(optimizer="adamw", lr=2e-3, warmup=0.2)
 
 
-def fresh(model: nn.Module, images: Images, run: Run) -> nn.Module:
+def fresh(model: nn.Module, images: Images, run: Run, task: Task) -> nn.Module:
     """Make the same network with weights of its own, ready for gradients of single samples.
 
     Layers that are computed from data, and the statistics of batch norm, are set from the images.
@@ -59,11 +59,12 @@ def fresh(model: nn.Module, images: Images, run: Run) -> nn.Module:
         model: the submitted one, left as it is.
         images: what it will be trained on.
         run: for its generator and its clock.
+        task: as in `redraw`.
 
     Raises:
         ValueError: as in `redraw`.
     """
-    made = redraw(model, run.rng)
+    made = redraw(model, run.rng, task)
     made.to(images.x.device).eval()
     if isinstance(made, Network):
         made.initialize(images.x)

@@ -1,6 +1,7 @@
 """Clean images that a repair trains on, and those held out to say what it costs."""
 
 import torch
+from torch import Tensor
 
 from molehunt.tasks import Images
 
@@ -14,3 +15,16 @@ def split(clean: Images, held_out: float, rng: torch.Generator) -> tuple[Images,
     order = torch.randperm(len(clean.y), generator=rng).to(clean.y.device)
     held, rest = order[:size], order[size:]
     return Images(clean.x[rest], clean.y[rest]), Images(clean.x[held], clean.y[held])
+
+
+def turns(y: Tensor) -> Tensor:
+    """How many images of the same class stand before each: int64 (N,), so that sorting by it takes classes in turns.
+
+    Args:
+        y: classes (N,), on the CPU.
+    """
+    turn = torch.zeros(len(y), dtype=torch.int64)
+    for label in torch.unique(y):
+        mine = (y == label).nonzero().flatten()
+        turn[mine] = torch.arange(len(mine))
+    return turn

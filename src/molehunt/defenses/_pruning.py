@@ -127,6 +127,9 @@ def pruned(model: nn.Module, lost: dict[str, Tensor], mode: Mode, example: Tenso
             layers.append(made.get_submodule(norm))
         for layer in layers:
             assert isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
+            # A norm without a scale of its own has nothing to lose, and a zero stays a constant behind it.
+            if layer.weight is None:
+                continue
             here = rows.to(layer.weight.device)
             if mode == "trim":
                 layer.weight.copy_(trimmed(layer.weight, here))
@@ -147,7 +150,8 @@ def _remove(model: nn.Module, lost: dict[str, Tensor], example: Tensor) -> None:
     for path, rows in lost.items():
         layer = model.get_submodule(path)
         assert isinstance(layer, nn.Conv2d)
-        if id(layer) in done or not bool(rows.any()):
+        # Who feeds a grouped convolution cuts its filters; they cannot be chosen one by one.
+        if id(layer) in done or layer.groups > 1 or not bool(rows.any()):
             continue
         group = graph.get_pruning_group(layer, torch_pruning.prune_conv_out_channels, rows.nonzero().flatten().tolist())
         done |= {id(dep.target.module) for dep, _ in group if dep.handler == torch_pruning.prune_conv_out_channels}

@@ -70,7 +70,7 @@ def judge(suspect: Suspect, held: Held, target: int, stamped: Tensor, natural: T
 
 
 def suspicion(trial: Trial, held: Held) -> float:
-    """REASR above its baseline, at least 0, plus less than half an image's share for the lead of the target's logit.
+    """REASR above its baseline, at least 0, plus less than a share 1 / (H + 1) for the lead of the target's logit.
 
     The lead is squashed as z / (1 + |z|), which never reaches its bounds, z in units of the typical lead.
     """

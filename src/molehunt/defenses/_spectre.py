@@ -18,6 +18,8 @@ ROUNDS = 5
 """In how many portions the filter takes samples out."""
 POWER = 15
 """Steps of power iteration towards the direction of the heaviest tail."""
+PER_DIRECTION = 5
+"""Samples for each direction in which the numbers of directions are compared."""
 FLOOR = 1e-6
 """Least variance that is divided by, of 1 that all samples have in every direction."""
 
@@ -52,7 +54,7 @@ def spectre(
 
     For every number k of `SQUARES` the first k directions are whitened robustly and scored. Then all directions are
     whitened by the covariance of those that this score would keep, and the k after which the removed ones stick out
-    most is taken, class by class.
+    most is taken, class by class; of a class of n kept samples the first n / 5 directions, at least one.
 
     Args:
         points: float64 (K, n, m), centered coordinates along principal axes with variance 1, by falling variance of
@@ -73,7 +75,9 @@ def spectre(
         x = whiten(part, trusted) * present[..., None]
         score, _ = quantum_scores(x, present, alpha)
         kept = present & ~highest(score, present, removed)
-        again = whiten(points, kept) * present[..., None]
+        # A covariance in more directions than a fifth of the samples is noise: small classes would stick out of it.
+        sure = torch.arange(width, device=points.device) < (kept.sum(1, keepdim=True) // PER_DIRECTION).clamp(min=1)
+        again = whiten(points * sure[:, None], kept) * present[..., None]
         scores.append(score)
         criteria.append(quantum_scores(again, present, alpha)[1])
     table = torch.stack(criteria, 1)

@@ -59,7 +59,8 @@ def sections(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _flatten(path: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     if type(module) is not nn.Sequential:
         return [(path, module)]
-    parts = module.named_children()
+    # Not `named_children`, which leaves out a module that occurs a second time.
+    parts = [(name, part) for name, part in module._modules.items() if part is not None]
     return [section for name, part in parts for section in _flatten(f"{path}.{name}".lstrip("."), part)]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from molehunt.defenses._fresh import recipe_of_fresh, redraw, trainable
 from molehunt.defenses._held_out import HAIR, split
-from molehunt.engine import Run
+from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.networks import anatomy, dropout_rng
 from molehunt.suspect import Suspect, freeze
@@ -94,13 +94,21 @@ def repair(suspect: Suspect, run: Run, plan: Plan) -> Finding:
     least = before - plan.tolerance - HAIR
     tried: list[dict[str, Any]] = []
     best: tuple[float, float, nn.Module] | None = None
+    late: list[str] = []
     for attempt in range(plan.attempts):
-        run.check()
+        if best is None:
+            run.check()
         lr = plan.lr / 3**attempt
         model = tunable(suspect.model, images.x[:1], head_only=plan.head_only)
         run.rng.set_state(seed)
         try:
             restored = tune(model, images, plan, lr=lr, run=run, dtype=suspect.dtype)
+        except OutOfTime:
+            # What is finished is an answer; a repair that costs more than it should is better than none.
+            if best is None:
+                raise
+            late.append(f"no time was left to try {lr:g}")
+            break
         except FloatingPointError:
             tried.append({"lr": lr, "accuracy": None, "restored": MOST_RESTORES})
             if best is None and attempt == plan.attempts - 1:
@@ -114,7 +122,7 @@ def repair(suspect: Suspect, run: Run, plan: Plan) -> Finding:
             best = reached, lr, model
             break
     assert best is not None, "else the last attempt would have raised"
-    warnings = []
+    warnings = late
     if best[0] < least:
         points = f"{100 * plan.tolerance:g} points of held-out accuracy"
         warnings.append(f"the repair costs more than {points} at every rate tried")
@@ -195,7 +203,8 @@ def tune(model: nn.Module, images: Images, plan: Plan, *, lr: float, run: Run, d
                     good.restore(model, optimizers)
                     bad.zero_()
                     continue
-                if step % plan.keep == 0:
+                # Statistics can overflow while the loss stays finite.
+                if step % plan.keep == 0 and _finite(model):
                     good, sure = _State(model, optimizers), True
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -209,12 +218,16 @@ def tune(model: nn.Module, images: Images, plan: Plan, *, lr: float, run: Run, d
         rate = lr * 2**restored
         raise FloatingPointError(f"the loss was not finite {restored} times; lower the learning rate ({rate:g})")
     # No loss was computed after the last step.
-    if not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+    if not _finite(model):
         good.restore(model, optimizers)
         restored += 1
     run.report(plan.steps * batch, plan.steps * batch)
     model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
     return restored
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
 
 class _State:
@@ -227,7 +240,8 @@ class _State:
     def restore(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         model.load_state_dict(self.model)
         for optimizer, state in zip(optimizers, self.optimizers, strict=True):
-            optimizer.load_state_dict(state)
+            # A copy: what is loaded becomes the optimizer's own, and the next step would write into it.
+            optimizer.load_state_dict(copy.deepcopy(state))
 
 
 def scratch(suspect: Suspect, images: Images, plan: Plan, run: Run) -> nn.Module:
@@ -240,7 +254,7 @@ def scratch(suspect: Suspect, images: Images, plan: Plan, run: Run) -> nn.Module
         ValueError: the network has layers whose weights cannot be drawn afresh.
         FloatingPointError: its loss is not finite.
     """
-    model = redraw(suspect.model, run.rng).to(suspect.device)
+    model = redraw(suspect.model, run.rng, suspect.task).to(suspect.device)
     trainable(model)
     if plan.steps:
         batch = min(plan.recipe.batch, len(images.y))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from molehunt.defenses._filters import Filters, mix, similarity, surroundings
+from molehunt.defenses._held_out import turns
 from molehunt.defenses._inversion import Schedule, schedule_batches, stamp
 from molehunt.defenses._maximization import Aim, Kind, Patches, harden, maximize
 from molehunt.defenses._reasr import Held, Trial, hold, judge, same_class, suspicion
@@ -46,9 +47,9 @@ class ABS:
 
     Score: the largest suspicion of any trigger, in [0, 1 + 1/H) with H held-out images; higher is more suspicious, 0
     where no channel is a candidate. A trigger's suspicion is its REASR, the share of held-out images of other classes
-    that it sends to the channel's class, less the share that a real image of that class sends there through the same
-    mask (at least 0), plus a part below 1/H that breaks ties: the squashed mean lead of the target's logit. The paper
-    flags REASR above 0.8; compare with clean reference models instead.
+    that it sends to the channel's class, less, for patches, the share that a real image of that class sends there
+    through the same mask (at least 0), plus a part below 1/H that breaks ties: the squashed mean lead of the target's
+    logit. The paper flags REASR above 0.8; compare with clean reference models instead.
 
     Class scores: the largest suspicion of the triggers for every class, 0 where no candidate aims at it.
 
@@ -94,7 +95,8 @@ class ABS:
         1000, so that one setting fits all layers. Few steps at twice the rate, several starts per candidate, most of
         which end early. Masks are binary when they are judged. A filter whose pictures fall below `likeness` does not
         count. A same-class baseline is subtracted, after the remark of EX-RAY that natural features flip labels too.
-        Images that the network sends to the class anyway are no success.
+        Images that the network sends to the class anyway are no success. Images of the class itself vote for a channel
+        but do not set its value; those that disagree are left out of it.
     """
 
     needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CLEAN}),)
@@ -178,17 +180,22 @@ class ABS:
         return self._answer(suspect, {path: len(a) for path, a in lifted.items()}, len(compromised), rows)
 
     def split(self, clean: Images, rng: torch.Generator) -> tuple[Images, Images, Images]:
-        """Images to stimulate, to search with and to measure REASR on: disjoint, every class in turn."""
+        """Images to stimulate, to search with and to measure REASR on: disjoint, every class in turn.
+
+        Half of every class at least is left to measure on: a class that has no image there cannot be judged.
+        """
         order = torch.randperm(len(clean.y), generator=rng)
         y = clean.y.cpu()[order]
-        # How many of the same class came before: all firsts of their class come before all seconds.
-        turn = (y[:, None] == y).tril(-1).sum(1)
-        order = order[turn.argsort(stable=True)].to(clean.y.device)
-        rest = len(order) - self.seeds
-        pool = min(self.pool, rest // 2)
-        sizes = [self.seeds, pool, min(self.held, rest - pool)]
-        cuts = torch.split(order[: sum(sizes)], sizes)
-        seeds, search, held = (Images(clean.x[rows], clean.y[rows]) for rows in cuts)
+        turn = turns(y)
+        first = turn.argsort(stable=True)
+        order, y, turn = order[first], y[first], turn[first]
+        used = (turn < (torch.bincount(y)[y] + 1) // 2).nonzero().flatten()[: self.seeds + self.pool]
+        left = torch.ones(len(order), dtype=torch.bool)
+        left[used] = False
+        cuts = (used[: self.seeds], used[self.seeds :], left.nonzero().flatten()[: self.held])
+        seeds, search, held = (
+            Images(clean.x[rows], clean.y[rows]) for rows in (order[cut].to(clean.y.device) for cut in cuts)
+        )
         return seeds, search, held
 
     def _patches(self, work: "Work", chosen: list[Channel]) -> list[Row]:
@@ -197,11 +204,13 @@ class ABS:
         size = max(1, round(self.size * work.pool.x[0, 0].numel()))
         start = Patches.start(work.pool.x, size, len(aims), work.run.rng)
 
-        def pictures(kind: Kind, row: slice) -> Tensor:
+        def tried(kind: Kind, row: slice, own: Held, target: int) -> Trial:
             assert isinstance(kind, Patches)
-            return stamp(work.pool.x, harden(kind.mask[row], size), kind.pattern[row])[0]
+            mask = harden(kind.mask[row], size)
+            natural = same_class(own, target, mask[0])
+            return judge(work.suspect, own, target, stamp(own.x, mask, kind.pattern[row])[0], natural)
 
-        found = self._search(work, aims, start, self.rate, pictures)
+        found = self._search(work, aims, start, self.rate, tried)
         assert isinstance(found, Patches)
         rows = []
         for channel, mask, pattern in zip(aims, harden(found.mask, size), found.pattern, strict=True):
@@ -215,21 +224,25 @@ class ABS:
     def _filters(self, work: "Work", chosen: list[Channel]) -> list[Row]:
         """Search filters for all candidates together, and judge them."""
 
-        def pictures(kind: Kind, row: slice) -> Tensor:
+        def tried(matrix: Tensor, bases: Tensor, own: Held, target: int) -> Trial:
+            filtered = mix(matrix[None], bases)
+            trial = judge(work.suspect, own, target, filtered[0])
+            if float(similarity(filtered, own.x).mean()) < self.likeness:
+                return Trial(0.0, 0.0, -math.inf, trial.images)
+            return trial
+
+        def on_pool(kind: Kind, row: slice, own: Held, target: int) -> Trial:
             assert isinstance(kind, Filters)
-            return mix(kind.matrix[row], kind.bases)[0]
+            return tried(kind.matrix[row][0], kind.bases, own, target)
 
         start = Filters.start(work.pool.x, self.likeness, len(chosen))
-        found = self._search(work, chosen, start, self.filter_rate, pictures)
+        found = self._search(work, chosen, start, self.filter_rate, on_pool)
         assert isinstance(found, Filters)
         bases = surroundings(work.held.x)
         rows = []
         for channel, matrix in zip(chosen, found.matrix, strict=True):
             work.run.check()
-            filtered = mix(matrix[None], bases)
-            trial = judge(work.suspect, work.held, channel.target, filtered[0])
-            if float(similarity(filtered, work.held.x).mean()) < self.likeness:
-                trial = trial._replace(reasr=0.0)
+            trial = tried(matrix, bases, work.held, channel.target)
             rows.append(Row("filter", channel, trial, suspicion(trial, work.held), None, matrix.cpu()))
         return rows
 
@@ -239,9 +252,9 @@ class ABS:
         aims: Sequence[Channel],
         start: Kind,
         rate: float,
-        pictures: Callable[[Kind, slice], Tensor],
+        tried: Callable[[Kind, slice, Held, int], Trial],
     ) -> Kind:
-        """Search one kind of trigger; rows that do worst on the pool's own images end early."""
+        """Search one kind of trigger; rows that do worst on the pool's own images, judged as at the end, end early."""
         suspect, device = work.suspect, work.suspect.device
         aim = Aim(
             layers=tuple(c.layer for c in aims),
@@ -255,8 +268,7 @@ class ABS:
             worth = []
             for row, target in enumerate(now.targets.tolist()):
                 work.run.check()
-                drawn = pictures(kind, slice(row, row + 1))
-                worth.append(suspicion(judge(suspect, own, target, drawn), own))
+                worth.append(suspicion(tried(kind, slice(row, row + 1), own, target), own))
             order = torch.tensor(worth, dtype=torch.float64).argsort(descending=True, stable=True)
             return order[: math.ceil(self.keep * len(worth))].sort().values.to(device)
 
@@ -282,7 +294,7 @@ class ABS:
             "compromised": compromised,
             "candidates": [_told(row) for row in best.values()],
             "best": _told(ranked[0]) if ranked else None,
-            "warnings": [] if rows else ["no channel lifts one class on nearly all images: no trigger was searched"],
+            "warnings": _warnings(rows, suspect.task.classes),
         }
         if ranked and ranked[0].matrix is not None:
             details["filter"] = ranked[0].matrix
@@ -305,6 +317,14 @@ class Work(NamedTuple):
     held: Held
     run: Run
     tick: Callable[[], None]
+
+
+def _warnings(rows: Sequence[Row], names: tuple[str, ...]) -> list[str]:
+    """What a reader of the score must know."""
+    if not rows:
+        return ["no channel lifts one class on nearly all images: no trigger was searched"]
+    blind = sorted({row.channel.target for row in rows if row.trial.images == 0})
+    return [f"no image of another class than {names[k]} was left to measure on: not judged" for k in blind]
 
 
 def _told(row: Row) -> dict[str, Any]:

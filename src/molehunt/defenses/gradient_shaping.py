@@ -139,7 +139,7 @@ class GradientShaping:
         if len(images.y) < 2:
             raise ValueError(f"gradient shaping needs 2 images or more to train on, got {len(images.y)}")
         run.check()
-        model = self.begin(suspect.model, images, run) if again else copy.deepcopy(suspect.model)
+        model = self.begin(suspect, images, run) if again else copy.deepcopy(suspect.model)
         trainable(model)
         verify(model, images.x[:2])
         clip, first = self.choose_clip(model, images, run)
@@ -175,14 +175,14 @@ class GradientShaping:
             details=details,
         )
 
-    def begin(self, model: nn.Module, images: Images, run: Run) -> nn.Module:
+    def begin(self, suspect: Suspect, images: Images, run: Run) -> nn.Module:
         """The network with new weights.
 
         Raises:
             ValueError: it has weights that nobody here knows how to draw.
         """
         try:
-            return fresh(model, images, run)
+            return fresh(suspect.model, images, run, suspect.task)
         except ValueError as error:
             raise ValueError(f"{error}: use mode 'fine_tune'") from error
 

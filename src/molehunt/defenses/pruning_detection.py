@@ -9,6 +9,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from molehunt.defenses._held_out import turns
 from molehunt.defenses._pruning import RANKINGS, Mode, Ranking, Sampling, chosen, filters, pruned
 from molehunt.engine import Run
 from molehunt.findings import Finding
@@ -48,7 +49,8 @@ class PruningDetection:
         on Security and Safety in Machine Learning Systems.
 
     Departures from the paper:
-        A batch norm loses the channels of the convolution before it, not channels of its own ranking. At least one
+        A batch norm loses the channels of the convolution before it, not channels of its own ranking; one that follows
+        anywhere else than in the same `nn.Sequential` is not found, and goes on adding its shift. At least one
         filter of every layer is pruned, and windows go from end to end however few filters a layer has. "linf" is the
         largest absolute value. 200 images, not 10. The regression is a ridge regression, judged by nested
         cross-validation. The file check is left out: a submission holds a listed network, or it is refused.
@@ -122,11 +124,7 @@ class PruningDetection:
     def pick(self, clean: Images, rng: torch.Generator) -> Images:
         """Draw the images to measure on, in turns through the classes."""
         order = torch.randperm(len(clean.y), generator=rng)
-        y = clean.y.cpu()[order]
-        turn = torch.zeros(len(y), dtype=torch.int64)
-        for label in torch.unique(y):
-            mine = (y == label).nonzero().flatten()
-            turn[mine] = torch.arange(len(mine))
+        turn = turns(clean.y.cpu()[order])
         rows = order[torch.argsort(turn, stable=True)][: self.images].to(clean.y.device)
         return Images(clean.x[rows], clean.y[rows])
 

@@ -1,7 +1,7 @@
 """Spectral signatures: poisoned samples stick out along the leading axis of their class's features."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from molehunt.defenses._fresh import redraw, trainable
 from molehunt.defenses._spectra import Grouped, Spectra, class_spectra, coordinates, halves, largest_gaps
 from molehunt.defenses._spectre import SQUARES, spectre
-from molehunt.engine import Run
+from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.networks import NETWORKS, Network
 from molehunt.suspect import BATCH, Access, Suspect
@@ -61,7 +61,6 @@ class SpectralSignatures:
 
     Raises:
         ValueError: a setting out of range; no training set or an empty one; features that are not finite.
-        FloatingPointError: training again diverged.
 
     Reference:
         Tran, Li, Madry, "Spectral Signatures in Backdoor Attacks", NeurIPS 2018. The quantum score: Hayase, Kong,
@@ -125,7 +124,13 @@ class SpectralSignatures:
             "removed": gone.nonzero().squeeze(1).cpu(),
             "removed_per_class": counts.tolist(),
         }
-        repaired = self._train_again(suspect, Images(x[~gone], y[~gone]), run, details) if self.retrain else None
+        repaired = None
+        if self.retrain:
+            try:
+                repaired = self._train_again(suspect, Images(x[~gone], y[~gone]), run, details)
+            except (OutOfTime, FloatingPointError) as error:
+                # The scores are there, and are worth something without it.
+                details["warnings"].append(f"not trained again: {error}")
         return Finding(
             defense="spectral_signatures",
             class_scores=class_scores,
@@ -186,7 +191,9 @@ class SpectralSignatures:
             details["warnings"].append(f"not trained again: {what} is no network that can be built by name")
             return None
         recipe = recipe_for(name, task)
-        made = redraw(suspect.model, run.rng)
+        if suspect.dtype == torch.float32:
+            recipe = replace(recipe, precision="float32")
+        made = redraw(suspect.model, run.rng, task)
         trainable(made)
         done = train(made, left, recipe, rng=run.rng, report=run.report, check=run.check, device=suspect.device)
         details["retrained"] = {
