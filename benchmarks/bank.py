@@ -142,6 +142,9 @@ def collect(root: Path) -> None:
             by_part[row.partition].append(row)
         torch.set_num_threads(1)
         for part, there in by_part.items():
+            # Figures of half a calibration would stand for the whole.
+            if part == "calibrate" and len(there) < 2 * bank.SIZES[task, network][part]:
+                continue
             figures |= figures_of(f"{task}, {network}, {part}", there, folder, task, network)
     print(write("bank", figures).read_text())
 

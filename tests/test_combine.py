@@ -423,7 +423,25 @@ def test_without_a_recovered_trigger_no_residual_success_is_claimed() -> None:
     repair = answer.details["repair"]
     assert repair["taken"] == "fine_pruning"
     assert repair["tried"][0]["residual_asr"] is None
-    assert repair["why"] == "no trigger to measure: most accurate"
+    assert repair["why"] == "no trigger to measure: the one that left least of other backdoors"
+
+
+def test_without_a_recovered_trigger_the_strongest_repair_is_taken_not_the_one_that_changed_least() -> None:
+    weak, strong = linear(), linear()
+    for taken, offers in (
+        ("fine_pruning", {"fine_tuning": weak, "fine_pruning": strong, "super_fine_tuning": strong, "a plug-in": weak}),
+        ("super_fine_tuning", {"fine_tuning": weak, "super_fine_tuning": strong}),
+        ("a plug-in", {"a plug-in": weak}),
+    ):
+        answer = verdict(
+            [found("neural_cleanse", 9.0, classes=[0.0, 0.1, 4.0, -0.1])]
+            + [found(name, repaired=state) for name, state in offers.items()],
+            people(strip=False),
+            classes=CLASSES,
+            suspect=suspect(),
+            held_out=pictures(),
+        )
+        assert answer.details["repair"]["taken"] == taken
 
 
 def test_triggers_of_other_producers_are_not_comparable_and_the_reason_names_them() -> None:

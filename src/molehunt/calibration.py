@@ -301,7 +301,8 @@ def shipped(task: str, network: str, defenses: Mapping[str, Defense] | None = No
         task: name of the task.
         network: name of the network.
         defenses: those that will be asked, by name. If one of them has other settings than when it scored the shipped
-            models, its score could not be compared, so the answer is None: score references anew.
+            models, its score could not be compared, so the answer is None: score references anew. So it is where none
+            of them has scored the shipped models.
     """
     path = files("molehunt").joinpath("populations", f"{task}-{network}.json".replace(":", "-"))
     if not path.is_file():
@@ -310,4 +311,6 @@ def shipped(task: str, network: str, defenses: Mapping[str, Defense] | None = No
     for name, defense in (defenses or {}).items():
         if name in found.defenses and configuration(defense) != found.defenses[name]["configuration"]:
             return None
+    if defenses and not defenses.keys() & found.defenses.keys():
+        return None
     return found

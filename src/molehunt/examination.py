@@ -36,12 +36,15 @@ def candidates(outcomes: Mapping[str, Outcome]) -> tuple[Candidate, ...]:
 def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Names of the defenses that looked for triggers and finished, in order: they name one, or a score by class.
 
+    One that scores training samples has its class scores from them, and has looked for no trigger.
+
     That none of them named a trigger is evidence. One that failed or abstained found nothing either, but that is none.
     """
     return sorted(
         name
         for name, outcome in outcomes.items()
-        if isinstance(outcome, Finding) and (outcome.trigger is not None or outcome.class_scores is not None)
+        if isinstance(outcome, Finding)
+        and (outcome.trigger is not None or (outcome.class_scores is not None and outcome.sample_scores is None))
     )
 
 

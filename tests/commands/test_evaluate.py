@@ -13,7 +13,7 @@ from molehunt.bank import rows
 from molehunt.bank.code import place_of
 from molehunt.cli import main
 from molehunt.commands.evaluate import _find
-from molehunt.defenses import REPAIRS, STRIP, FinePruning, NeuralCleanse
+from molehunt.defenses import SCORELESS, STRIP, FinePruning, NeuralCleanse
 from molehunt.game.rules import Limits
 
 CODE = """
@@ -61,7 +61,10 @@ def test_a_defense_of_ones_own_is_judged(
     assert "on 2 clean and 2 backdoored models" in said.out
     assert "shuffled labels" in said.out
     assert "images forward" in said.out
-    assert "rank among the built-in defenses: unknown, no saved scores of neural_cleanse, strip" in said.out
+    assert (
+        "rank among the built-in defenses: unknown, no saved scores of abs, neural_cleanse, pruning_detection, strip"
+        in said.out
+    )
     assert "false alarms at 5%: unknown, 2 clean models of the calibration part are not trained" in said.out
     assert main(command) == 0
     again = capsys.readouterr()
@@ -84,7 +87,7 @@ def test_its_place_among_the_built_in_ones(
     monkeypatch.setattr("molehunt.bank.rivals.DEFENSES", {"strip": STRIP, "neural_cleanse": NeuralCleanse})
     (tmp_path / "heavy_in_rank.py").write_text(CODE)
     assert main(["evaluate", "strip", "--most", "2", "--not-isolated"]) == 0
-    assert "strip judges triggers that neural_cleanse looks for" in capsys.readouterr().err
+    assert "strip judges triggers that abs and neural_cleanse look for" in capsys.readouterr().err
     saved = sorted((bank / place_of("strip", STRIP)).glob("evaluate-*"))
     assert len({json.loads(path.read_text())["scores"]["strip"] for path in saved}) > 1
     assert main(["evaluate", "heavy_in_rank:Heavy", "--most", "2", "--not-isolated"]) == 0
@@ -224,10 +227,12 @@ def test_references_in_another_number_format_are_refused(
     assert "scored in another number format than the evaluation part: another" in said
 
 
-def test_a_pure_repair_has_no_auc(bank: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "fine_pruning" in REPAIRS
-    assert main(["evaluate", "fine_pruning", "--most", "1", "--not-isolated"]) == 3
-    assert "no defense gave a score (pure repairs have none)" in capsys.readouterr().err
+@pytest.mark.parametrize("name", sorted(SCORELESS))
+def test_who_has_no_score_is_refused_before_anything_is_scored(
+    name: str, bank: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", name, "--most", "1", "--not-isolated"]) == 3
+    assert f"{name} has no score of a model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

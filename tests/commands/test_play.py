@@ -13,9 +13,11 @@ from molehunt import report
 from molehunt.cli import main
 from molehunt.commands import play
 from molehunt.confinement import Unavailable
+from molehunt.defenses import DEFENSES
 from molehunt.engine import Local, Processes
 from molehunt.findings import Finding
 from molehunt.game import host, publication
+from molehunt.game.rules import ROUNDS
 from molehunt.isolation import Sandbox
 from molehunt.testing import planted
 
@@ -70,7 +72,16 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
     assert (settings.task, settings.network, settings.round) == ("mnist5k", "badnets_cnn", "final")
     assert (settings.seed, settings.teams, settings.clean, settings.references) == (7, 3, 2, 6)
     assert asked["folder"] == Path("runs/play-mnist5k-7")
-    assert set(asked["defenses"]) == {"neural_cleanse", "strip", "fine_pruning"}
+    assert set(asked["defenses"]) == {
+        "abs",
+        "neural_cleanse",
+        "pruning_detection",
+        "strip",
+        "fine_tuning",
+        "super_fine_tuning",
+        "fine_pruning",
+    }
+    assert asked["defenses"] == ROUNDS["final"].make("weights", DEFENSES), "with what the round gives them"
     assert isinstance(asked["engine"], Processes)
     assert (asked["engine"].count, asked["engine"].threads) == (2, 1)
     said = capsys.readouterr().out.splitlines()
@@ -87,7 +98,7 @@ def test_one_job_needs_no_other_process(fake: type[FakeHost]) -> None:
     assert main(["play", "--not-isolated", "--jobs", "1", "--out", "here", "--round", "II"]) == 0
     assert isinstance(fake.asked["engine"], Local)
     assert fake.asked["folder"] == Path("here")
-    assert list(fake.asked["defenses"]) == ["strip"]
+    assert list(fake.asked["defenses"]) == ["abs", "strip"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from molehunt.bank.code import place_of
 from molehunt.bank.roster import Entry
 from molehunt.bank.scores import kept, population, with_finders
-from molehunt.defenses import DEFENSES, REPAIRS
+from molehunt.defenses import DEFENSES, SCORELESS
 from molehunt.testing import auc
 
 
@@ -29,7 +29,7 @@ def aucs(listed: Sequence[Entry], folder: Path, *, but: str) -> dict[str, float 
     """
     found: dict[str, float | None] = {}
     for name, kind in DEFENSES.items():
-        if name == but or name in REPAIRS:
+        if name == but or name in SCORELESS:
             continue
         found[name] = None
         done = kept(listed, folder, with_finders({name: kind()}), place=place_of(name, kind))

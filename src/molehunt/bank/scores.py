@@ -47,7 +47,8 @@ def with_finders(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
     Nothing is added where a defense is asked that may look for triggers itself. Those who look come first.
     """
     waiting = {name for name, defense in defenses.items() if judges_candidates(defense, GRANTED)}
-    if not waiting or defenses.keys() - waiting - REPAIRS:
+    blind = DEFENSES.keys() - set(FINDERS)
+    if not waiting or defenses.keys() - waiting - blind:
         return dict(defenses)
     return {**{name: DEFENSES[name]() for name in FINDERS}, **defenses}
 

@@ -65,7 +65,10 @@ def evaluate(
             found = _find(defense)
             asked = scores.with_finders({defense: found.defense})
         if also := [name for name in asked if name != defense]:
-            console.print(f"{legible(defense, 80)} judges triggers that {' and '.join(also)} looks for", soft_wrap=True)
+            verb = "look" if len(also) > 1 else "looks"
+            console.print(
+                f"{legible(defense, 80)} judges triggers that {' and '.join(also)} {verb} for", soft_wrap=True
+            )
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
             scores.rows_of(listed, where)
@@ -167,7 +170,7 @@ def _find(name: str) -> _Found:
         ValueError: there is no such defense, or it is none.
     """
     from molehunt.bank.code import folders_of, place_of
-    from molehunt.defenses import available
+    from molehunt.defenses import SCORELESS, available
 
     module, colon, attribute = name.partition(":")
     if not colon and name not in available():
@@ -182,6 +185,10 @@ def _find(name: str) -> _Found:
         made: Any = kind()
     except TypeError as error:
         raise InputError(f"{name} needs settings, and is evaluated with its defaults: {error}") from error
+    if name in SCORELESS:
+        raise ValueError(
+            f"{name} has no score of a model, so it cannot be evaluated: it repairs, or scores a training set"
+        )
     return _Found(defense=made, place=place_of(name, kind), folders=folders_of(kind))
 
 

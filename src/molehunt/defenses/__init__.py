@@ -30,8 +30,17 @@ REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradie
 """Built-in defenses that answer with a repaired model and no score: they train, and say nothing about clean models."""
 
 
+SCORELESS = REPAIRS | {"spectral_signatures"}
+"""Built-in defenses that have no score of a model: repairs, and one that scores training samples."""
+
+
+def scoring(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
+    """Return the defenses that may score a model: all but those in `SCORELESS`."""
+    return {name: defense for name, defense in defenses.items() if name not in SCORELESS}
+
+
 def without_repairs(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
-    """Return the defenses that may give a score: all but the built-in repairs."""
+    """Return all defenses but the built-in repairs."""
     return {name: defense for name, defense in defenses.items() if name not in REPAIRS}
 
 
@@ -50,6 +59,7 @@ __all__ = [
     "ABS",
     "DEFENSES",
     "REPAIRS",
+    "SCORELESS",
     "STRIP",
     "Defense",
     "FinePruning",
@@ -60,5 +70,6 @@ __all__ = [
     "SpectralSignatures",
     "SuperFineTuning",
     "available",
+    "scoring",
     "without_repairs",
 ]

@@ -30,7 +30,7 @@ import torch
 
 from molehunt import calibration, combine, findings
 from molehunt.calibration import Population
-from molehunt.defenses import Defense, without_repairs
+from molehunt.defenses import Defense, scoring
 from molehunt.engine import Engine
 from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
@@ -251,9 +251,10 @@ class Host:
 
     def _population(self, referee: Referee) -> Population:
         """Return the clean scores to compare with: those shipped for this task and network, else the references'."""
-        shipped = calibration.shipped(self.task.name, self.settings.network, self.defenses)
+        asked = scoring(self.defenses)
+        shipped = calibration.shipped(self.task.name, self.settings.network, asked)
         # What looks at training sets has scored no shipped model: those are of the weights board.
-        if shipped is not None and not (self.settings.board == "data" and DATA_ONLY & self.defenses.keys()):
+        if shipped is not None and not (self.settings.board == "data" and DATA_ONLY & asked.keys()):
             return shipped
         path = self.folder / "references" / "population.json"
         if path.exists():
@@ -267,7 +268,6 @@ class Host:
             training = self.delivery.clean(f"reference {i + 1}")
             suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
             # What a repair does to a clean model is no score: nothing to compare with comes of it.
-            asked = without_repairs(self.defenses)
             return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect, asked)
 
         for i, outcomes in enumerate(self._together(look, range(len(referee.references)))):

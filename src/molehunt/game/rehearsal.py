@@ -16,7 +16,7 @@ from torch import Tensor
 import molehunt
 from molehunt import calibration, checkpoints, combine, findings
 from molehunt.calibration import Population
-from molehunt.defenses import Defense, without_repairs
+from molehunt.defenses import Defense, scoring
 from molehunt.examination import Inspect, divide, examine
 from molehunt.findings import Failure, Outcome, Verdict
 from molehunt.game.check import References
@@ -83,9 +83,10 @@ def clean_images(task: Task) -> Images:
 
 def shipped(references: References, defenses: Mapping[str, Defense], board: Board) -> Population | None:
     """Return how clean models score by what comes with the package; None where that is not there, as at the host."""
-    if board == "data" and DATA_ONLY & defenses.keys():
+    asked = scoring(defenses)
+    if board == "data" and DATA_ONLY & asked.keys():
         return None
-    return calibration.shipped(references.task.name, references.network, defenses)
+    return calibration.shipped(references.task.name, references.network, asked)
 
 
 def population(
@@ -116,7 +117,7 @@ def population(
         training = task.load("train") if board == "data" else None
         suspect = Suspect.of(references.get(number), task, clean=clean, training=training)
         folder = references.folder / "outcomes" / str(number)
-        rows.append(dict(examine(suspect, without_repairs(defenses), _kept(folder, suspect, inspect))))
+        rows.append(dict(examine(suspect, scoring(defenses), _kept(folder, suspect, inspect))))
         done(f"reference {number + 1}")
     return calibration.population(rows, task=task.name, network=network, recipe=calibration.recorded(network, task))
 

@@ -9,6 +9,7 @@ from molehunt.findings import Finding, Verdict
 from molehunt.game.answers import Logits, accuracy, asr, measure
 from molehunt.game.scoring import Truth
 from molehunt.tasks import Images
+from molehunt.tensor_file import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ def removals(
     logits: Logits,
     assemble: Callable[[Mapping[str, Tensor]], Logits],
 ) -> tuple[Removal, ...]:
-    """Measure the repair of every defense that offered one, in the order of the outcomes.
+    """Measure the repair of every defense that offered one that runs, in the order of the outcomes.
 
     Args:
         verdict: with its outcomes.
@@ -51,7 +52,12 @@ def removals(
     before = _rates(logits, truth, images)
     found = []
     for offer in offers:
-        after = _rates(assemble(offer.repaired or {}), truth, images)
+        try:
+            repaired = assemble(offer.repaired or {})
+        except CheckpointError:
+            # It fits no network, or answers with what is no number: it was not taken, and nothing can be said of it.
+            continue
+        after = _rates(repaired, truth, images)
         rates = None if before[1] is None or after[1] is None else (before[1], after[1])
         found.append(
             Removal(defense=offer.defense, accuracy=(before[0], after[0]), asr=rates, taken=offer.defense == taken)

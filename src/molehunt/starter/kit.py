@@ -110,6 +110,7 @@ def _facts(task: Task) -> dict[str, Any]:
             }
             for r in ROUNDS.values()
         ],
+        "data_only": DATA_ONLY,
         "limits": limits,
         "budget": budget_rules(limits),
     }
