@@ -189,3 +189,10 @@ def test_what_the_number_format_shifts_changes_no_answer() -> None:
         p_values[which] = [conformal(index, references.column("neural_cleanse")) for index in (cleanse, cleanse_half)]
     assert max(p_values["backdoored"]) == 1 / (len(references.clean) + 1), "it beats every clean model in both formats"
     assert min(p_values["clean"]) > 0.05, "it is unremarkable in both formats"
+
+
+def test_a_shipped_population_that_scored_nobody_who_is_asked_is_none() -> None:
+    assert shipped("mnist5k", "badnets_cnn", {"neural_cleanse": NeuralCleanse()}) is not None
+    assert shipped("mnist5k", "badnets_cnn", {"neural_cleanse": NeuralCleanse(), "mine": STRIP()}) is not None
+    assert shipped("mnist5k", "badnets_cnn", {"mine": STRIP(), "fine_pruning": FinePruning()}) is None
+    assert shipped("mnist5k", "badnets_cnn", {}) is not None

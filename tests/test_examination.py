@@ -99,3 +99,14 @@ def test_a_scan_whose_search_failed_cannot_tell() -> None:
     answer = verdict([failed, asked("fails")["strip"]], population, classes=10)
     assert answer.details["could_not_tell"] is True
     assert answer.p == 0.5
+
+
+def test_who_scores_training_samples_has_looked_for_no_trigger() -> None:
+    classes = torch.tensor([0.1, 0.9])
+    outcomes = {
+        "abs": Finding(defense="abs", score=0.0, class_scores=classes),
+        "spectral_signatures": Finding(
+            defense="spectral_signatures", class_scores=classes, sample_scores=torch.zeros(5)
+        ),
+    }
+    assert searched(outcomes) == ["abs"]

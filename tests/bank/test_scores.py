@@ -162,6 +162,9 @@ class TestCandidates:
         for asked in alone:
             assert scores.with_finders(asked) == asked
         assert "neural_cleanse" in scores.with_finders({"strip": STRIP(), "fine_pruning": FinePruning()})
+        # Neither of these looks for triggers.
+        for blind in ("pruning_detection", "spectral_signatures"):
+            assert "abs" in scores.with_finders({"strip": STRIP(), blind: DEFENSES[blind]()})
 
     def test_alone_it_has_no_score(self, folder: Path) -> None:
         found = Scoring(folder)({"strip": STRIP()})

@@ -11,6 +11,7 @@ from molehunt.game.answers import Logits
 from molehunt.game.removals import removals
 from molehunt.game.scoring import Truth
 from molehunt.tasks import Images
+from molehunt.tensor_file import CheckpointError
 from molehunt.triggers import Patch, Target
 
 SHAPE = (1, 4, 4)
@@ -68,6 +69,16 @@ def test_a_clean_model_has_no_success_rate() -> None:
     found = removals(verdict(None), Truth(backdoored=False), IMAGES, answering(0, 0), made)
     assert [r.asr for r in found] == [None, None]
     assert not any(r.taken for r in found)
+
+
+def test_a_repair_that_does_not_run_is_left_out_and_the_others_stand() -> None:
+    def broken(state: Mapping[str, Tensor]) -> Logits:
+        if int(state["wrong"]) == 3:
+            raise CheckpointError("its answers are not finite")
+        return made(state)
+
+    found = removals(verdict(None), Truth(backdoored=False), IMAGES, answering(0, 0), broken)
+    assert [r.defense for r in found] == ["fine_tuning"]
 
 
 def test_where_nobody_repairs_nothing_is_asked() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from molehunt.defenses import DEFENSES, SuperFineTuning
+from molehunt.defenses import DEFENSES, SpectralSignatures, SuperFineTuning
 from molehunt.game.rules import BOARDS, DATA_ONLY, ORDER, ROUNDS, Repair, Weights, get_round
 
 
@@ -87,6 +87,14 @@ def test_removals_get_what_their_round_gives_them() -> None:
                 assert (said["steps"], said["batch"], rate) == (repair.steps, repair.batch, repair.lr)
                 assert repair.steps <= ROUNDS["I"].repairs[name].steps
     assert ROUNDS["final"].make("weights", DEFENSES)["super_fine_tuning"] != SuperFineTuning()
+
+
+def test_nobody_trains_again_where_a_cleaned_model_earns_nothing() -> None:
+    for played in ROUNDS.values():
+        made = played.make("data", DEFENSES).get("spectral_signatures")
+        assert made is None or isinstance(made, SpectralSignatures)
+        assert made is None or made.retrain == (played.weights.cleaning > 0)
+    assert not ROUNDS["II"].make("data", DEFENSES)["spectral_signatures"].retrain  # type: ignore[attr-defined]
 
 
 def test_only_removals_of_the_round_have_a_budget() -> None:
