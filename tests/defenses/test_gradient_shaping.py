@@ -351,13 +351,34 @@ def test_a_network_that_would_be_measured_wrongly_is_not_trained() -> None:
 
 
 def test_images_are_augmented_as_the_task_allows() -> None:
-    suspects = [suspect_of(small(), training=pictures(40), augment=a) for a in ("none", "crop", "crop")]
-    shifts = (1, 0, 2)
-    states = [run(GradientShaping(steps=3, shift=n), s).repaired for n, s in zip(shifts, suspects, strict=True)]
-    assert states[0] is not None
-    assert states[1] is not None
-    assert states[2] is not None
-    assert not torch.allclose(states[1]["0.weight"], states[2]["0.weight"], atol=1e-4)
+    def trained_with(augment: str, shift: int) -> Tensor:
+        found = run(GradientShaping(steps=3, shift=shift), suspect_of(small(), training=pictures(40), augment=augment))
+        assert found.repaired is not None
+        return found.repaired["0.weight"]
+
+    assert torch.equal(trained_with("none", 0), trained_with("none", 2)), "nothing is shifted"
+    assert not torch.allclose(trained_with("crop", 0), trained_with("crop", 2), atol=1e-4)
+    # Both draw alike; only the pictures are mirrored or not.
+    assert not torch.allclose(trained_with("crop", 0), trained_with("flip_crop", 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_the_rate_rises_and_falls_along_a_cosine(warmup: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, float]] = []
+    step = torch.optim.SGD.step
+
+    def spy(self: torch.optim.SGD, *arguments: Any) -> Any:
+        seen.extend((group["lr"], group["momentum"]) for group in self.param_groups)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    suspect = suspect_of(small(), training=pictures(40))
+    run(GradientShaping(steps=10, batch=8, lr=0.3, warmup=warmup, momentum=0.7, epochs=9.0), suspect)
+    done = [(step + 0.5) / 10 for step in range(10)]
+    falling = [0.15 - 0.15 * math.cos(math.pi * (1 - d) / (1 - warmup)) for d in done]
+    wanted = [0.3 * d / warmup if d < warmup else low for d, low in zip(done, falling, strict=True)]
+    assert [lr for lr, _ in seen] == pytest.approx(wanted)
+    assert {momentum for _, momentum in seen} == {0.7}
 
 
 def test_without_a_training_set_it_fine_tunes_and_says_so() -> None:
