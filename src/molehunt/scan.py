@@ -3,18 +3,18 @@
 import copy
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
 import torch
 
 from molehunt import combine
+from molehunt.asking import ask
 from molehunt.calibration import Population
-from molehunt.defenses import Defense, without_repairs
-from molehunt.examination import Inspect, divide, examine
-from molehunt.findings import Abstention, Outcome, Verdict
+from molehunt.defenses import Defense
+from molehunt.examination import Inspect, divide
+from molehunt.findings import Outcome, Verdict
 from molehunt.networks import Network
-from molehunt.repair import REPAIR_FROM
 from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
@@ -83,8 +83,7 @@ def scan(
 ) -> ScanReport:
     """Ask every defense about a model and fuse the answers.
 
-    Repairs are asked last, and not at all where p stays below `repair.REPAIR_FROM`: the submitted weights would stand
-    whatever they answered.
+    Repairs are asked last, and only where one may be taken, see `asking.ask`.
 
     Args:
         model: the model.
@@ -103,23 +102,13 @@ def scan(
     """
     seen, held_out = divide(clean)
     suspect = Suspect.of(model, task, clean=seen, device=device)
-    asked = without_repairs(defenses)
-    outcomes: dict[str, Outcome] = dict(examine(suspect, asked, inspect))
 
-    def fused() -> Verdict:
+    def fuse(outcomes: Iterable[Outcome]) -> Verdict:
         return combine.verdict(
-            outcomes.values(), population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
+            outcomes, population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
         )
 
-    verdict = fused()
-    repairs = {repair: defense for repair, defense in defenses.items() if repair not in asked}
-    if repairs:
-        if verdict.p >= REPAIR_FROM:
-            outcomes |= {repair: inspect(repair, defense, suspect) for repair, defense in repairs.items()}
-        else:
-            why = f"not asked: p is {verdict.p:.3f}, and below {REPAIR_FROM} the submitted weights stand"
-            outcomes |= {repair: Abstention(defense=repair, reason=why) for repair in repairs}
-        verdict = fused()
+    verdict = ask(suspect, defenses, inspect, fuse)
     repaired = _repaired(suspect, verdict)
     accuracy = Change(
         before=_accuracy(suspect, held_out), after=None if repaired is None else _accuracy(repaired, held_out)

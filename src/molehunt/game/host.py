@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 
 from molehunt import calibration, combine, findings
+from molehunt.asking import ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense, scoring
 from molehunt.engine import Engine
@@ -268,7 +269,7 @@ class Host:
             training = self.delivery.clean(f"reference {i + 1}")
             suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
             # What a repair does to a clean model is no score: nothing to compare with comes of it.
-            return self._examine(suspect, self.folder / "references" / f"outcomes-{i}", inspect, asked)
+            return dict(examine(suspect, asked, self._kept(self.folder / "references" / f"outcomes-{i}", inspect)))
 
         for i, outcomes in enumerate(self._together(look, range(len(referee.references)))):
             rows.append(outcomes)
@@ -296,15 +297,19 @@ class Host:
             if not path.exists():
                 training = self.delivery.seen(submission)
                 suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
-                outcomes = self._examine(suspect, folder, inspect, self.defenses)
-                verdict = combine.verdict(
-                    outcomes.values(),
-                    population,
-                    classes=self.task.num_classes,
-                    suspect=suspect,
-                    held_out=held_out,
-                    recipe=submission.manifest.recipe,
-                )
+
+                def fuse(outcomes: Iterable[findings.Outcome]) -> findings.Verdict:
+                    return combine.verdict(
+                        outcomes,
+                        population,
+                        classes=self.task.num_classes,
+                        suspect=suspect,
+                        held_out=held_out,
+                        recipe=submission.manifest.recipe,
+                    )
+
+                kept = self._kept(folder, inspect)
+                verdict = ask(suspect, self.defenses, kept, fuse, every_repair=self.round.repairs_all)
                 findings.save(verdict, path)
             return read_verdict(path).p
 
@@ -319,10 +324,8 @@ class Host:
             },
         )
 
-    def _examine(
-        self, suspect: Suspect, folder: Path, inspect: Inspect, defenses: Mapping[str, Defense]
-    ) -> dict[str, findings.Outcome]:
-        """Run defenses on one model; each answer is on disk before the next defense begins."""
+    def _kept(self, folder: Path, inspect: Inspect) -> Inspect:
+        """Put each answer on disk before the next defense begins, and read what is there."""
 
         def kept(name: str, defense: Defense, seen: Suspect) -> findings.Outcome:
             path = folder / f"{name}.json"
@@ -330,7 +333,7 @@ class Host:
                 findings.save(inspect(name, defense, seen), path)
             return findings.load(path)  # type: ignore[return-value]  # written above: an outcome
 
-        return dict(examine(suspect, defenses, kept))
+        return kept
 
     def _publish(self, books: list[Entry], referee: Referee, seen: Images) -> tuple[Judged, ...]:
         """Open every seal, check it against its commitment, and count the points."""

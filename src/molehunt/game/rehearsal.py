@@ -6,7 +6,7 @@ Three things differ: the images are public, the clean models to compare with are
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import molehunt
 from molehunt import calibration, checkpoints, combine, findings
+from molehunt.asking import ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense, scoring
 from molehunt.examination import Inspect, divide, examine
@@ -150,15 +151,14 @@ def rehearse(
     task, sealed = contents.task, contents.open_seal()
     seen, held_out = divide(clean_images(task))
     suspect = Suspect.of(model, task, clean=seen, training=training)
-    outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect))
-    verdict = combine.verdict(
-        outcomes.values(),
-        known,
-        classes=task.num_classes,
-        suspect=suspect,
-        held_out=held_out,
-        recipe=contents.manifest.recipe,
-    )
+    recipe = contents.manifest.recipe
+
+    def fuse(outcomes: Iterable[Outcome]) -> Verdict:
+        return combine.verdict(
+            outcomes, known, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
+        )
+
+    verdict = ask(suspect, defenses, inspect, fuse, every_repair=round_.repairs_all)
     repaired = None
     if verdict.repaired is not None:
         repaired = checkpoints.assemble(dict(verdict.repaired), model.name, task.shape, task.num_classes)

@@ -148,6 +148,11 @@ class Round:
         """
         return {name: known[name](**self._settings(name)) for name in self.on_board(board) if name in known}
 
+    @property
+    def repairs_all(self) -> bool:
+        """Whether every repair is asked about every model: so it is where most points are for cleaning."""
+        return self.weights.cleaning >= 0.5
+
     def _settings(self, name: str) -> dict[str, float]:
         # Training again, by the whole recipe, is worth nothing where nobody gets points for a cleaned model.
         if name == "spectral_signatures" and self.weights.cleaning == 0:
