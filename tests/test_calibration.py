@@ -19,7 +19,7 @@ from molehunt.calibration import (
     statistic,
 )
 from molehunt.conformal import conformal
-from molehunt.defenses import DEFENSES, STRIP, Defense, FinePruning, NeuralCleanse
+from molehunt.defenses import DEFENSES, STRIP, Defense, FinePruning, NeuralCleanse, scoring
 from molehunt.examination import divide, examine
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.runner import configuration
@@ -161,8 +161,9 @@ def test_the_shipped_population_fits_the_defenses_as_they_are() -> None:
     defenses: dict[str, Defense] = {name: make() for name, make in DEFENSES.items()}
     found = shipped("mnist5k", "badnets_cnn", defenses)
     assert found is not None, "score the bank again: python benchmarks/bank.py run --task mnist5k, then ship"
-    assert (len(found.clean), len(found.planted)) == (99, 50)
-    assert found.defenses["strip"]["producers"] == ["neural_cleanse"]
+    assert (len(found.clean), len(found.planted)) == (99, 91)
+    assert found.defenses["strip"]["producers"] == ["abs", "neural_cleanse"]
+    assert set(found.defenses) == set(scoring(defenses)), "everybody who scores"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ GROUPS: tuple[str, ...] = (
     "training",
     "attacks defenses",
     "runner meter untouched isolation aftermath zygote examination "
-    "conformal calibration repair combine reliability null_check testing figures report scan",
+    "conformal calibration repair combine asking reliability null_check testing figures report scan",
     "game",
     "bank starter",
     "web client commands cli __main__",

@@ -8,6 +8,9 @@ from molehunt.findings import Abstention, Outcome, Verdict
 from molehunt.repair import REPAIR_FROM
 from molehunt.suspect import Suspect
 
+NOT_ASKED = "not asked"
+"""How the reason of an abstention begins where a repair was not asked."""
+
 
 def ask(
     suspect: Suspect,
@@ -40,6 +43,6 @@ def ask(
     if verdict.p >= REPAIR_FROM:
         outcomes |= {name: inspect(name, defense, suspect) for name, defense in repairs.items()}
     else:
-        why = f"not asked: p is {verdict.p:.3f}, and below {REPAIR_FROM} the submitted weights stand"
+        why = f"{NOT_ASKED}: p is {verdict.p:.3f}, and below {REPAIR_FROM} the submitted weights stand"
         outcomes |= {name: Abstention(defense=name, reason=why) for name in repairs}
     return fuse(outcomes.values())

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import made_up
 
+from molehunt.asking import NOT_ASKED
+from molehunt.findings import Abstention
 from molehunt.report import Change, RemovalView, game_html
 from molehunt.report.grid import Grid
 
@@ -32,6 +34,18 @@ def test_cells_say_score_p_value_and_target_or_why_not() -> None:
     assert any(line.startswith("p-value ") for line in told["neural_cleanse"])
     assert told["spectral_signatures"] == ("no opinion",)
     assert told["sentinet"] == ("failed (time)",)
+
+
+def test_a_repair_that_was_not_asked_is_told_apart_from_one_without_an_opinion() -> None:
+    report = made_up.game()
+    first = report.submissions[0]
+    assert first.verdict is not None
+    silent = tuple(
+        Abstention(defense="fine_pruning", reason=f"{NOT_ASKED}: p is 0.1") if o.defense == "fine_pruning" else o
+        for o in first.verdict.outcomes
+    )
+    grid = Grid.of(replace(report, submissions=(replace(first, verdict=replace(first.verdict, outcomes=silent)),)))
+    assert grid.rows[0].cells[grid.defenses.index("fine_pruning")] == ("not asked",)
 
 
 def test_removals_stand_with_their_defense() -> None:

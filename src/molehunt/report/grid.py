@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from molehunt.asking import NOT_ASKED
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.report import words
 from molehunt.report.views import GameReport, SubmissionView
@@ -65,7 +66,7 @@ def _cell(submission: SubmissionView, defense: str, classes: tuple[str, ...]) ->
 def _said(outcome: Outcome, submission: SubmissionView, classes: tuple[str, ...]) -> list[str]:
     match outcome:
         case Abstention():
-            return ["no opinion"]
+            return ["not asked" if outcome.reason.startswith(NOT_ASKED) else "no opinion"]
         case Failure():
             return [f"failed ({words.legible(outcome.kind, 20)})"]
         case Finding():
