@@ -289,10 +289,27 @@ class TestFailures:
 
     def test_an_abstention_is_none_and_is_not_tried_again(self, folder: Path) -> None:
         scoring = Scoring(folder)
-        found = scoring({"heavy": Heavy(), "demanding": Demanding()})
+        found = scoring({"demanding": Demanding()})
         assert failures(found) == {}
         assert "the training set" in found[0].abstained["demanding"]
-        scoring({"heavy": Heavy(), "demanding": Demanding()})
+        scoring({"demanding": Demanding()})
+        assert scoring.fresh == []
+
+    def test_who_can_have_no_opinion_is_not_asked_beside_others_and_changes_nothing(self, folder: Path) -> None:
+        scoring = Scoring(folder)
+        (found, *_) = scoring({"heavy": Heavy(), "demanding": Demanding()})
+        assert set(found.asked) == set(found.code) == {"heavy"}
+        assert found.abstained == {}
+        scoring.fresh.clear()
+        scoring({"heavy": Heavy()})
+        assert scoring.fresh == []
+        # Rows of a time when it was asked hold as well.
+        path = folder / "scores" / f"{found.name}.json"
+        row = json.loads(path.read_text())
+        row["asked"]["demanding"], row["code"]["demanding"] = {}, "0" * 64
+        row["abstained"]["demanding"] = "no training set"
+        path.write_text(json.dumps(row))
+        scoring({"heavy": Heavy()})
         assert scoring.fresh == []
 
 

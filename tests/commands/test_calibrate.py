@@ -16,7 +16,7 @@ from molehunt.calibration import load
 from molehunt.cli import main
 from molehunt.commands.evaluation import Elsewhere
 from molehunt.conformal import conformal
-from molehunt.defenses import STRIP, NeuralCleanse
+from molehunt.defenses import ABS, STRIP, NeuralCleanse
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
@@ -145,7 +145,7 @@ def test_the_file_is_what_scan_compares_with(
     entry: Entry = LISTED[1]
     (row,) = read_rows([entry], bank)
     checkpoints.write(regrow(entry, row).state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr(defenses, "available", lambda: {"strip": STRIP, "neural_cleanse": NeuralCleanse})
+    monkeypatch.setattr(defenses, "available", lambda: {"strip": STRIP, "abs": ABS, "neural_cleanse": NeuralCleanse})
     capsys.readouterr()
     scan = ["scan", "model.safetensors", "--task", "mnist5k", "--network", "badnets_cnn", "--json", "-"]
     main([*scan, "--references", "scores.json"])
@@ -172,7 +172,7 @@ def test_a_picture_shows_how_well_probabilities_hold(
     assert not Path("held.png").exists()
     monkeypatch.setattr(scores, "population", lambda *_: calibration.shipped("mnist5k", "badnets_cnn"))
     assert main(command) == 0
-    assert "of 88 told 0.12 on average 3% are backdoored" in " ".join(capsys.readouterr().out.split())
+    assert "of 70 told 0.15 on average 7% are backdoored" in " ".join(capsys.readouterr().out.split())
     assert Path("held.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command[:-1], "nowhere/held.png"]) == 3
     assert "there is no folder nowhere" in capsys.readouterr().err

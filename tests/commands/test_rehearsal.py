@@ -51,14 +51,14 @@ class Bookkeeper:
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         assert suspect.training is not None
         CALLS.append("bookkeeper")
-        return Finding(defense="spectral_signatures", score=float(len(suspect.training.y) + len(CALLS)))
+        return Finding(defense="rab", score=float(len(suspect.training.y) + len(CALLS)))
 
 
 @pytest.fixture
 def references(hurried: None, monkeypatch: pytest.MonkeyPatch) -> home.References:
     """Five equal references; defenses that are known, and no shipped scores of clean models."""
     CALLS.clear()
-    known: dict[str, type[Defense]] = {"strip": Oracle, "spectral_signatures": Bookkeeper}
+    known: dict[str, type[Defense]] = {"strip": Oracle, "rab": Bookkeeper}
     monkeypatch.setattr(command, "DEFENSES", known)
     monkeypatch.setattr(calibration, "shipped", lambda *_: None)
     kept = home.References(task=honest.TASK, network="badnets_cnn")
@@ -104,8 +104,8 @@ def test_on_the_data_board_defenses_see_the_merged_set(
 ) -> None:
     manifest = honest.HANDED.model_copy(update={"network": "badnets_cnn", "recipe": "badnets_cnn"})
     submission.write_training_set(tmp_path / "set", honest.training_set(), manifest, Sealed())
-    assert main(["check", str(tmp_path / "set"), "--defend", "II"]) == 0
-    assert "spectral_signatures" in capsys.readouterr().out
+    assert main(["check", str(tmp_path / "set"), "--defend", "IV"]) == 0
+    assert "rab" in capsys.readouterr().out
     assert CALLS.count("bookkeeper") == 6
 
 

@@ -41,7 +41,7 @@ class Bookkeeper:
         assert suspect.training is not None
         self.seen.append(suspect.training)
         score = float(suspect.training.x[:, :, -4:, -4:].amax((1, 2, 3)).mean())
-        return Finding(defense="spectral_signatures", score=score)
+        return Finding(defense="rab", score=score)
 
 
 @dataclass
@@ -68,7 +68,7 @@ def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
 
 
 def host(folder: Path, settings: Settings = SETTINGS, watch: Watch | None = None) -> Host:
-    defenses = {"spectral_signatures": Bookkeeper()}
+    defenses = {"rab": Bookkeeper()}
     return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=watch or Silent())
 
 
@@ -122,7 +122,7 @@ def test_nothing_of_the_sets_lies_where_defenses_look(game: tuple[Played, list[I
 def test_the_answers_of_such_defenses_count(game: tuple[Played, list[Images]]) -> None:
     done, _ = game
     for one in done.judged:
-        assert "spectral_signatures" in one.verdict.p_values
+        assert "rab" in one.verdict.p_values
     kinds = {one.team: one.kind for one in done.judged}
     assert kinds == {"Yellow Square": "backdoored", "Honest Abe": "honest"}
 
