@@ -104,8 +104,9 @@ def scan(
         with reading(path):
             model, recipe = _read(path, problem, network)
         # With the short budget of a final, in which everything plays as it does here.
-        defenses = {name: kind() for name, kind in available().items()}
-        defenses |= get_round("final").make("weights", {n: k for n, k in available().items() if n in DEFENSES})
+        kinds = available()
+        defenses = {name: kind() for name, kind in kinds.items()}
+        defenses |= get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
         with given((ValueError, OSError)):
             known = None if references is None else comparable(calibration.load(references), problem, model.name)
         if pictures is None:
