@@ -2,6 +2,8 @@
 
     python benchmarks/attacks.py run --attack sig --task mnist --seed 0
     python benchmarks/attacks.py run --attack sig --task cifar10 --network narrow_cifar --references 2
+    python benchmarks/attacks.py run --attack "badnets (all-to-all)"        another form of it
+    python benchmarks/attacks.py run --attack sig --board data              hand over a set, let the host train
     python benchmarks/attacks.py try --attack sig --task mnist --set poison_rate=0.05
     python benchmarks/attacks.py speed                      seconds to poison 50 000 CIFAR-sized pictures
     python benchmarks/attacks.py pictures                   docs/reference/attacks/NAME.png
@@ -11,18 +13,20 @@
 `run` trains the task's own network, or the one named, by its default recipe, measures on the test split and appends to
 results/attacks.jsonl; a row that is there already is not made again. `try` is for choosing settings: it measures on the
 validation split and appends to results/attacks-develop.jsonl. The gates are those of `molehunt check`, against clean
-models of the same network and recipe. These are trained once and kept in the folder `--state`, as is the state of a
-training that was interrupted; the clean twin of a model is the one of the same number.
+models of the same network and recipe. On the data board the set goes the way that a submission goes: stamped before
+any augmentation, eight bits, merged and shuffled. Clean models are trained once and kept in the folder `--state`, as is
+the state of a training that was interrupted; the clean twin of a model is the one of the same number.
 """
 
 import argparse
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,7 +37,8 @@ from molehunt.datasets import cache
 from molehunt.game.answers import accuracy, asr, measure, share
 from molehunt.game.attacker import describe, make_attack, parse_settings, sealed, train_model
 from molehunt.game.check import References, check
-from molehunt.game.rules import Limits
+from molehunt.game.rules import Board, Limits
+from molehunt.game.training_set import TrainingSet
 from molehunt.networks import Network, default_device
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
@@ -44,8 +49,24 @@ NAME, DEVELOP = "attacks", "attacks-develop"
 PICTURES = Path(__file__).parent.parent / "docs/reference/attacks"
 CRAFTED = ("label_consistent", "low_frequency", "issba", "input_aware")
 """Attacks that train a network of their own before they poison: the goal for seconds is not about them."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "badnets (all-to-all)": ("badnets", {"target": "all"}),
+    "badnets (source-specific)": ("badnets", {"sources": (1,), "poison_rate": 0.05}),
+    "badnets (one pixel)": ("badnets", {"form": "pixel"}),
+    "badnets (four pixels)": ("badnets", {"form": "four pixels"}),
+    "badnets (random place)": ("badnets", {"place": "random"}),
+    "multi_trigger (a target each)": ("multi_trigger", {"target": (0, 1, 2, 3)}),
+}
+"""Other forms of an attack than the default one: the attack, and what is set."""
+FITTING: dict[str, dict[str, Any]] = {
+    "wanet": {"poison_rate": 0.033},
+    "input_aware": {"poison_rate": 0.033},
+    "bpp": {"poison_rate": 0.05, "negative_rate": 0.05},
+}
+"""What keeps to the rows that the data board allows where the default settings do not."""
 IMAGES = 50_000
 REPEATS = 3
+DATA = " (data board)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +137,7 @@ def one(
     settings: dict[str, Any],
     state: Path,
     few: int,
+    board: Board,
 ) -> dict[str, Any]:
     """Train one backdoored model and answer its row."""
     limits = Limits(references=few)
@@ -126,17 +148,26 @@ def one(
     split: Literal["validation", "test"] = "validation" if develop else "test"
     images = task.load(split)
     busy, start = os.getloadavg()[0], time.monotonic()
+    rng = generator(seed, f"attack benchmark {name} {network}" + ("" if board == "weights" else f" {board}"))
+    poisoned: Poisoned | None = None
+    seen: Images | None = None
+    if board == "data":
+        public = task.load("train")
+        poisoned = attack(public, task, rng)
+        seen = TrainingSet.of(poisoned, public, rng).delivered(public, rng)
     progress, report = reporting(f"{name} {task.name} {seed}")
     with progress:
         model, made = train_model(
             task,
             network,
             recipe,
-            attack,
-            rng=generator(seed, f"attack benchmark {name} {network}"),
+            attack if board == "weights" else None,
+            rng=rng,
+            images=seen,
             report=report,
-            checkpoint=None if develop else state / f"{name}-{task.name}-{network}-{seed}.pt",
+            checkpoint=None if develop else state / f"{name}-{task.name}-{network}-{board}-{seed}.pt",
         )
+    made = made or poisoned
     seconds = time.monotonic() - start
     assert made is not None
     answers = measure(model.eval().to(default_device()), images, made.trigger)
@@ -170,7 +201,7 @@ def one(
         "busy": round(busy, 2),
         "machine": machine(),
     }
-    cover = cover_accuracy(model, attack, made, images, task)
+    cover = cover_accuracy(model, attack, made, images, task) if board == "weights" else None
     if cover is not None:
         row["cover_accuracy"] = cover
     if made.further:
@@ -241,6 +272,7 @@ def collect() -> None:
     for task, network, name in dict.fromkeys((r["task"], r["network"], r["attack"]) for r in kept):
         found = [r for r in kept if (r["task"], r["network"], r["attack"]) == (task, network, name)]
         own = network == get_task(task).network
+        plain, devices = name.removesuffix(DATA), dict.fromkeys(device_of(r) for r in found)
         where = task if own else f"{task} with {network}"
         made: list[tuple[str, list[float], str, float | None, Literal["higher", "lower"]]] = [
             ("accuracy", [r["accuracy"] for r in found], "share", None, "higher"),
@@ -275,13 +307,27 @@ def collect() -> None:
                 better=better,
                 spread=spread(values),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/attacks.py run --attack {name} --task {task}"
+                command=f"python benchmarks/attacks.py run --attack {shlex.quote(plain)} --task {task}"
+                + (" --board data" if name.endswith(DATA) else "")
                 + ("" if own else f" --network {network}"),
-                note=f"load before each run {[r['busy'] for r in found]}" if what == "time" else "",
+                # The file names the machine that collects; the rows know who made them.
+                note=f"made on: {', '.join(devices)}"
+                + (f"; load before each run {[r['busy'] for r in found]}" if what == "time" else ""),
             )
     print(write(NAME, figures_).read_text())
     for name in ATTACKS:
-        write_table(name, [r for r in kept if r["attack"] == name])
+        write_table(name, [r for r in kept if attack_of(r) == name])
+
+
+def device_of(row: dict[str, Any]) -> str:
+    """What made a row."""
+    made = row["machine"]
+    return str(made.get("gpu") or f"{made['processor']}, {made['cores']} cores")
+
+
+def attack_of(row: dict[str, Any]) -> str:
+    """The attack of a row, whichever form of it."""
+    return str(row["attack"]).partition(" (")[0]
 
 
 HEADING = "### Through the gates"
@@ -307,10 +353,11 @@ def write_table(name: str, found: list[dict[str, Any]]) -> None:
 
 
 def table_of(found: list[dict[str, Any]]) -> list[str]:
-    """The lines of the table, one for each task."""
+    """The lines of the table, one for each task, network and form of the attack."""
     lines = []
-    for task, network in dict.fromkeys((r["task"], r["network"]) for r in found):
-        mine = [r for r in found if (r["task"], r["network"]) == (task, network)]
+    for task, network, name in dict.fromkeys((r["task"], r["network"], r["attack"]) for r in found):
+        mine = [r for r in found if (r["task"], r["network"], r["attack"]) == (task, network, name)]
+        form = "".join(f", {part.rstrip(')')}" for part in name.split(" (")[1:])
         missed = dict.fromkeys(g["name"] for r in mine for g in r["gates"] if not g["passed"])
         told = []
         for gate in missed:
@@ -323,7 +370,9 @@ def table_of(found: list[dict[str, Any]]) -> list[str]:
             [r["base_rate"] for r in mine],
         )
         cells = [between([100 * value for value in values]) for values in columns]
-        lines.append(f"| {task} | `{network}` | {len(mine)} | {' | '.join(cells)} | {', '.join(told) or 'none'} |")
+        lines.append(
+            f"| {task}{form} | `{network}` | {len(mine)} | {' | '.join(cells)} | {', '.join(told) or 'none'} |"
+        )
     return lines
 
 
@@ -337,7 +386,9 @@ def main() -> None:
     """Train one model, or do one of the other things."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "try", "speed", "pictures", "collect"])
-    parser.add_argument("--attack", choices=ATTACKS, help="run and try need one; the default of the others is all")
+    parser.add_argument(
+        "--attack", choices=[*ATTACKS, *VARIANTS], help="run and try need one; the default of the others is all"
+    )
     parser.add_argument("--task", help="default: mnist; of the pictures cifar10")
     parser.add_argument("--network", help="default: the task's own; run and try only")
     parser.add_argument("--seed", type=int, default=0)
@@ -357,8 +408,14 @@ def main() -> None:
         default=Limits().references,
         help="clean models that the gates compare with; fewer where each takes minutes, which the row says",
     )
+    parser.add_argument(
+        "--board", choices=get_args(Board), default="weights", help="who trains: the team, or the host from its set"
+    )
     arguments = parser.parse_args()
     names = [arguments.attack] if arguments.attack else list(ATTACKS)
+    develop = arguments.what == "try"
+    if arguments.attack in VARIANTS and arguments.what not in {"run", "collect"}:
+        parser.error(f"only run knows {arguments.attack!r}; give the attack and --set")
     if arguments.what == "collect":
         return collect()
     if arguments.what == "speed":
@@ -367,20 +424,22 @@ def main() -> None:
         return pictures(names, get_task(arguments.task or "cifar10"), parse_settings(arguments.set))
     if not arguments.attack:
         parser.error(f"{arguments.what} needs --attack")
-    develop = arguments.what == "try"
     if arguments.set and not develop:
         parser.error("--set changes an attack, so its figure would not be that of the defaults; use try")
     state = arguments.state or cache.root() / "benchmarks"
     state.mkdir(parents=True, exist_ok=True)
     task = get_task(arguments.task or "mnist")
     network = arguments.network or task.network
-    key = {"attack": arguments.attack, "task": task.name, "network": network, "seed": arguments.seed}
+    shown_name = arguments.attack + (DATA if arguments.board == "data" else "")
+    key = {"attack": shown_name, "task": task.name, "network": network, "seed": arguments.seed}
     if not develop and not list(todo(NAME, [key])):
         print("this row is there already")
         return None
-    settings = parse_settings(arguments.set)
+    name, settings = VARIANTS.get(arguments.attack, (arguments.attack, parse_settings(arguments.set)))
+    if arguments.board == "data":
+        settings = FITTING.get(name, {}) | settings
     row = one(
-        arguments.attack,
+        name,
         task,
         arguments.seed,
         network=network,
@@ -388,7 +447,9 @@ def main() -> None:
         settings=settings,
         state=state,
         few=arguments.references,
+        board=arguments.board,
     )
+    row["attack"] = shown_name
     append(DEVELOP if develop else NAME, row)
     shown = (
         "attack",

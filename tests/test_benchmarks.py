@@ -65,10 +65,12 @@ def test_the_table_of_an_attack_has_medians_ranges_and_the_gates_that_were_misse
     missed = [{"name": "attack success", "measured": 0.5, "limit": 0.9, "passed": False, "message": ""}]
     rows = [attack_row(0), attack_row(1, asr=0.97), attack_row(2, asr=0.5, gates=missed, passed=False)]
     other = attack_row(0, task="cifar10", network="fast_cifar", gates=missed, passed=False)
-    assert attacks.table_of([*rows, other]) == [
+    form = attack_row(0, attack="sig (all-to-all)")
+    assert attacks.table_of([*rows, other, form]) == [
         "| mnist | `badnets_cnn` | 3 | 99.00 (99.00 to 99.00) | 0.31 (0.31 to 0.31) | 95.00 (50.00 to 97.00) "
         "| 0.10 (0.10 to 0.10) | attack success (1 of 3) |",
         "| cifar10 | `fast_cifar` | 1 | 99.00 | 0.31 | 95.00 | 0.10 | attack success |",
+        "| mnist, all-to-all | `badnets_cnn` | 1 | 99.00 | 0.31 | 95.00 | 0.10 | none |",
     ]
 
 

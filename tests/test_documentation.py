@@ -276,13 +276,15 @@ def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> N
     lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
     wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in map(json.loads, lines):
-        if row["attack"] == attack:
-            wanted.setdefault((row["task"], row["network"]), []).append(row)
+        name, _, form = row["attack"].partition(" (")
+        if name == attack:
+            task = row["task"] + (f", {form.rstrip(')')}" if form else "")
+            wanted.setdefault((task, row["network"]), []).append(row)
     text = (ROOT / f"docs/reference/attacks/{attack}.md").read_text()
     assert ("\n### Through the gates\n" in text) == bool(wanted), "run: python benchmarks/attacks.py collect"
     if not wanted:
         return
-    found = re.findall(r"^\| (\w+) \| `(\w+)` \| (.*) \|$", text.split("### Through")[1], re.M)
+    found = re.findall(r"^\| ([\w, -]+) \| `(\w+)` \| (.*) \|$", text.split("### Through")[1], re.M)
     shown = {(task, network): rest for task, network, rest in found}
     assert shown.keys() == wanted.keys()
     for key, rows in wanted.items():

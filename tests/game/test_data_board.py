@@ -15,7 +15,8 @@ from molehunt.engine import Local, Run
 from molehunt.findings import Abstention, Finding, Outcome
 from molehunt.game import entries, publication
 from molehunt.game.entries import Settings
-from molehunt.game.host import Host, Played, Watch
+from molehunt.game.examiners import Watch
+from molehunt.game.host import Host, Played
 from molehunt.game.seal import Sealed
 from molehunt.game.submission import open_stored_set, pack, write_training_set
 from molehunt.game.training_set import TrainingSet
@@ -72,11 +73,11 @@ def host(folder: Path, settings: Settings = SETTINGS, watch: Watch | None = None
     return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=watch or Silent())
 
 
-def played(folder: Path, settings: Settings) -> tuple[Played, list[Images]]:
+def played(folder: Path, settings: Settings, epochs: float = 3.0) -> tuple[Played, list[Images]]:
+    """Play with a short recipe. Three passes are enough for the gates, a quarter of a pass is not."""
     Bookkeeper.seen.clear()
     with pytest.MonkeyPatch.context() as patch:
-        # A quarter of a pass: what is trained on is tested here, not what is learned.
-        short = Recipe(epochs=0.25, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
+        short = Recipe(epochs=epochs, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
         patch.setattr(entries, "recipe_for", lambda *_: short)
         done = host(folder, settings).play()
     return done, list(Bookkeeper.seen)
@@ -168,13 +169,20 @@ def test_the_board_and_the_report_go_by_what_the_host_measured(game: tuple[Playe
         sealed=dataclasses.replace(square.sealed, details={"poison_rate": 0.5}),
         arrived=square.arrived + 1,
     )
-    changed = dataclasses.replace(done, judged=(liar, modest), altered={**done.altered, "modest": measured / 2})
+    changed = dataclasses.replace(
+        done,
+        judged=(liar, modest),
+        altered={**done.altered, "modest": measured / 2},
+        relabeled={**done.relabeled, square.submission.id: 0.05, "modest": 0.04},
+    )
     report = publication.summary(changed, "molehunt play")
     assert [row.name for row in report.attackers] == ["B modest", "A liar"]
     said = {view.team: view.attack for view in report.submissions}
-    assert said["A liar"] == f"badnets, {100 * measured:.1f} % of images altered, as measured"
+    assert said["A liar"] == f"badnets, {100 * measured:.1f} % of images altered, 5.0 % relabeled, as measured"
     result = publication.result(changed, report)
     assert [one["altered"] for one in result["submissions"]] == [measured, measured / 2]
+    assert [one["relabeled"] for one in result["submissions"]] == [0.05, 0.04]
+    assert done.relabeled[honest.submission.id] == 0.0 < 0.08 < done.relabeled[square.submission.id] <= measured
 
 
 def test_a_finished_game_is_not_trained_again(game: tuple[Played, list[Images]]) -> None:
@@ -191,6 +199,36 @@ def test_on_the_weights_board_such_a_defense_abstains(tmp_path: Path) -> None:
     (one,) = done.judged
     assert all(isinstance(outcome, Abstention) for outcome in one.verdict.outcomes)
     assert not (tmp_path / "sets").exists()
+
+
+def test_a_set_whose_trigger_misses_the_gate_on_the_hosts_model_is_refused(tmp_path: Path) -> None:
+    done, seen = played(tmp_path, SETTINGS, epochs=0.25)
+    (refused,) = done.refused
+    (honest,) = done.judged
+    assert (refused.team, refused.kind, honest.team) == ("Yellow Square", "backdoored", "Honest Abe")
+    assert "attack success" in {gate.name for gate in refused.gates if not gate.passed}
+    assert len(seen) == 5 + 1, "no defense saw it"
+    assert not (tmp_path / "verdicts" / refused.submission.id).exists()
+    assert refused.submission.id not in json.loads((tmp_path / "answers.json").read_text())
+    document = publication.summary(done, "molehunt play")
+    shown = {view.team: view for view in document.submissions}["Yellow Square"]
+    assert shown.verdict is None
+    assert not shown.points
+    assert any("refused this set" in note for note in shown.notes)
+    assert [(row.name, row.points) for row in document.attackers] == [("Yellow Square", 0.0)]
+    told = {one["team"]: one for one in publication.result(done, document)["submissions"]}
+    assert not told["Yellow Square"]["examined"]
+    assert "p" not in told["Yellow Square"]
+    assert told["Honest Abe"]["examined"]
+    publication.publish(done, document)
+    assert "refused this set" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_that_misses_a_gate_is_examined_all_the_same(tmp_path: Path) -> None:
+    done, _ = played(tmp_path, dataclasses.replace(SETTINGS, board="weights", teams=1), epochs=0.25)
+    (one,) = done.judged
+    assert not one.valid
+    assert not done.refused
 
 
 def test_an_unknown_board_is_refused() -> None:

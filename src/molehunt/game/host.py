@@ -16,34 +16,29 @@ goes on where it stopped. The folder:
     result.json report.html
 """
 
-import hashlib
 import json
-import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from molehunt import calibration, combine, findings
-from molehunt.asking import ask
 from molehunt.calibration import Population
-from molehunt.defenses import Defense, scoring
+from molehunt.defenses import Defense
 from molehunt.engine import Engine
-from molehunt.examination import Inspect, divide, examine
+from molehunt.examination import Inspect, divide
 from molehunt.files import write_atomically
 from molehunt.game import entries
 from molehunt.game.attacker import Team, teams
 from molehunt.game.delivery import Delivery
 from molehunt.game.entries import Settings
-from molehunt.game.referee import STREAM, Judged, Referee, read_verdict
-from molehunt.game.rules import DATA_ONLY, Round, get_round
+from molehunt.game.examiners import Examiners, Watch
+from molehunt.game.referee import STREAM, Judged, Opened, Referee
+from molehunt.game.rules import Round, get_round
 from molehunt.game.submission import Submission, ingest, open_stored_set
 from molehunt.runner import generator
-from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import recipe_for
 
@@ -69,18 +64,6 @@ class Entry(NamedTuple):
     arrived: int
 
 
-class Watch(Protocol):
-    """What a game tells those who look on."""
-
-    def stage(self, title: str, total: int) -> None:
-        """Begin a stage of so many pieces."""
-        ...
-
-    def done(self, title: str, text: str) -> None:
-        """End a piece of the stage, with one line of what came of it."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Played:
     """A finished game.
@@ -89,13 +72,16 @@ class Played:
         settings: what was played.
         task: of the game.
         round: of the game.
-        judged: every submission, in the order of the books.
+        judged: every submission that was examined, in the order of the books.
+        refused: on the data board, the submissions whose sealed trigger missed a gate on the model that the host
+            trained, in the order of the books; no defense saw them.
         defenses: what ran, by name.
         population: the clean scores behind the probabilities.
         hidden: the referee's images.
         stream: how many inputs a run-time stream had.
         altered: on the data board, the share of the training rows in which the set of a submission differs from the
             public one, by id; else empty.
+        relabeled: the same of the rows whose label differs.
         seconds: wall time of this call; less than the whole when an interrupted game went on.
         when: when it ended, as text.
         folder: where everything lies.
@@ -105,11 +91,13 @@ class Played:
     task: Task
     round: Round
     judged: tuple[Judged, ...]
+    refused: tuple[Opened, ...]
     defenses: Mapping[str, Defense]
     population: Population
     hidden: Images
     stream: int
     altered: Mapping[str, float]
+    relabeled: Mapping[str, float]
     seconds: float
     when: str
     folder: Path
@@ -142,9 +130,10 @@ class Host:
             ValueError: the folder holds another game, or an unknown task, network or round is named.
         """
         self.settings, self.folder, self.defenses = settings, folder, defenses
-        self.inspectors, self.engine, self.watch = inspectors, engine, watch
+        self.engine, self.watch = engine, watch
         self.task = get_task(settings.task)
         self.delivery = Delivery(settings=settings, folder=folder, task=self.task)
+        self.examiners = Examiners(self.delivery, defenses, inspectors, watch)
         self.round = get_round(settings.round)
         recipe_for(settings.network, self.task)
         wanted = {**asdict(settings), "defenses": {name: repr(d) for name, d in defenses.items()}}
@@ -166,20 +155,26 @@ class Host:
         hidden = Images(hidden.x[:HIDDEN], hidden.y[:HIDDEN])
         references, books = self._train()
         referee = Referee(self.folder, self.task, self.settings.network, hidden, references)
-        self._gates(books, referee)
-        population = self._population(referee)
-        self._verdicts(books, referee, population, seen, held_out)
-        judged = self._publish(books, referee, seen)
+        refused = self._gates(books, referee)
+        population = self.examiners.population(referee)
+        examined = [entry for entry in books if entry.submission.id not in refused]
+        self.examiners.verdicts([e.submission for e in examined], referee, population, seen, held_out)
+        judged = self._publish(examined, referee, seen)
+        turned_away = [referee.open(e.submission, e.team.name, host=_is_host(e.team), arrived=e.arrived)
+                       for e in books if e.submission.id in refused]  # fmt: skip
+        altered, relabeled = self._changes(books)
         return Played(
             settings=self.settings,
             task=self.task,
             round=self.round,
             judged=judged,
+            refused=tuple(turned_away),
             defenses=self.defenses,
             population=population,
             hidden=hidden,
             stream=STREAM,
-            altered=self._altered(books),
+            altered=altered,
+            relabeled=relabeled,
             seconds=time.monotonic() - start,
             when=time.strftime("%Y-%m-%d %H:%M"),
             folder=self.folder,
@@ -232,108 +227,33 @@ class Host:
             round_=self.round.name,
         )
 
-    def _altered(self, books: list[Entry]) -> dict[str, float]:
-        """Measure how much of the training split every handed-over set alters."""
+    def _changes(self, books: list[Entry]) -> tuple[dict[str, float], dict[str, float]]:
+        """Measure the shares of the training split that every handed-over set alters, and to which it gives a label."""
         if self.settings.board == "weights":
-            return {}
-        clean, shares = self.task.load("train"), {}
+            return {}, {}
+        clean, altered, relabeled = self.task.load("train"), {}, {}
         for _, submission, _ in books:
             assert submission.training is not None  # what is taken in is of the board that is played
-            training = open_stored_set(self.folder / "sets", submission.training, self.task)
-            shares[submission.id] = training.changes(clean).altered / len(clean.y)
-        return shares
+            changes = open_stored_set(self.folder / "sets", submission.training, self.task).changes(clean)
+            altered[submission.id] = changes.altered / len(clean.y)
+            relabeled[submission.id] = changes.relabeled / len(clean.y)
+        return altered, relabeled
 
-    def _gates(self, books: list[Entry], referee: Referee) -> None:
+    def _gates(self, books: list[Entry], referee: Referee) -> set[str]:
+        """Measure the gates; return the ids of the training sets whose sealed trigger misses one: they are refused.
+
+        A submitted model that misses a gate is examined all the same, so that nobody learns before publication which
+        those are. A set that does is no backdoor of the team's making, and the defenders spend nothing on it.
+        """
         self.watch.stage("The referee measures the gates on hidden images", len(books))
+        refused = set()
         for _, submission, _ in books:
-            referee.gates(submission)
+            gates = referee.gates(submission)
+            if self.settings.board == "data" and not all(g.passed for g in gates) and referee.hides(submission):
+                refused.add(submission.id)
             # How many gates there were says whether something is hidden; the public learns it at publication.
             self.watch.done(submission.id[:8], "measured")
-
-    def _population(self, referee: Referee) -> Population:
-        """Return the clean scores to compare with: those shipped for this task and network, else the references'."""
-        asked = scoring(self.defenses)
-        shipped = calibration.shipped(self.task.name, self.settings.network, asked)
-        # What looks at training sets has scored no shipped model: those are of the weights board.
-        if shipped is not None and not (self.settings.board == "data" and DATA_ONLY & asked.keys()):
-            return shipped
-        path = self.folder / "references" / "population.json"
-        if path.exists():
-            return calibration.load(path)
-        self.watch.stage("The defenses look at the clean references", len(referee.references))
-        rows = []
-
-        def look(i: int, inspect: Inspect) -> dict[str, findings.Outcome]:
-            # Each reference meets clean images drawn for it, as each game draws its own.
-            clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
-            training = self.delivery.clean(f"reference {i + 1}")
-            suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
-            # What a repair does to a clean model is no score: nothing to compare with comes of it.
-            return dict(examine(suspect, asked, self._kept(self.folder / "references" / f"outcomes-{i}", inspect)))
-
-        for i, outcomes in enumerate(self._together(look, range(len(referee.references)))):
-            rows.append(outcomes)
-            self.watch.done(f"reference {i + 1}", _scores(outcomes))
-        network = self.settings.network
-        recipe = calibration.recorded(network, self.task)
-        population = calibration.population(rows, task=self.task.name, network=network, recipe=recipe)
-        calibration.save(population, path)
-        return population
-
-    def _verdicts(
-        self,
-        books: list[Entry],
-        referee: Referee,
-        population: Population,
-        seen: Images,
-        held_out: Images,
-    ) -> None:
-        """Run every defense on every submission and write the answers down, with their hash, before any is judged."""
-        self.watch.stage("The defenses examine every submission", len(books))
-
-        def answer(submission: Submission, inspect: Inspect) -> float:
-            folder = self.folder / "verdicts" / submission.id
-            path = folder / "verdict.json"
-            if not path.exists():
-                training = self.delivery.seen(submission)
-                suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
-
-                def fuse(outcomes: Iterable[findings.Outcome]) -> findings.Verdict:
-                    return combine.verdict(
-                        outcomes,
-                        population,
-                        classes=self.task.num_classes,
-                        suspect=suspect,
-                        held_out=held_out,
-                        recipe=submission.manifest.recipe,
-                    )
-
-                kept = self._kept(folder, inspect)
-                verdict = ask(suspect, self.defenses, kept, fuse, every_repair=self.round.repairs_all)
-                findings.save(verdict, path)
-            return read_verdict(path).p
-
-        submissions = [entry.submission for entry in books]
-        for submission, p in zip(submissions, self._together(answer, submissions), strict=True):
-            self.watch.done(submission.id[:8], f"p = {p:.2f}")
-        _write(
-            self.folder / "answers.json",
-            {
-                s.id: hashlib.sha256((self.folder / "verdicts" / s.id / "verdict.json").read_bytes()).hexdigest()
-                for s in submissions
-            },
-        )
-
-    def _kept(self, folder: Path, inspect: Inspect) -> Inspect:
-        """Put each answer on disk before the next defense begins, and read what is there."""
-
-        def kept(name: str, defense: Defense, seen: Suspect) -> findings.Outcome:
-            path = folder / f"{name}.json"
-            if not path.exists():
-                findings.save(inspect(name, defense, seen), path)
-            return findings.load(path)  # type: ignore[return-value]  # written above: an outcome
-
-        return kept
+        return refused
 
     def _publish(self, books: list[Entry], referee: Referee, seen: Images) -> tuple[Judged, ...]:
         """Open every seal, check it against its commitment, and count the points."""
@@ -343,41 +263,18 @@ class Host:
             referee.stream(submission, seen, inspect, self.defenses)
 
         judged = []
-        streams = self._together(stream, [entry.submission for entry in books])
+        streams = self.examiners.together(stream, [entry.submission for entry in books])
         for (team, submission, arrived), _ in zip(books, streams, strict=True):
-            one = referee.judge(submission, team.name, host=team.name.startswith(HOST), arrived=arrived)
+            one = referee.judge(submission, team.name, host=_is_host(team), arrived=arrived)
             judged.append(one)
             self.watch.done(
                 team.name, f"{one.kind}, p = {one.verdict.p:.2f}" + ("" if one.valid else ", missed a gate")
             )
         return tuple(judged)
 
-    def _together(self, work: Callable[[A, Inspect], B], items: Iterable[A]) -> Iterator[B]:
-        """Do work on several items at once, each with an inspector of its own; results in the order of the items."""
-        free: queue.SimpleQueue[Inspect] = queue.SimpleQueue()
-        for inspect in self.inspectors:
-            free.put(inspect)
 
-        def one(item: A) -> B:
-            inspect = free.get()
-            try:
-                return work(item, inspect)
-            finally:
-                free.put(inspect)
-
-        pool = ThreadPoolExecutor(len(self.inspectors))
-        try:
-            yield from pool.map(one, items)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _scores(outcomes: Mapping[str, findings.Outcome]) -> str:
-    return ", ".join(
-        f"{name} {o.score:.2f}"
-        for name, o in outcomes.items()
-        if isinstance(o, findings.Finding) and o.score is not None
-    )
+def _is_host(team: Team) -> bool:
+    return team.name.startswith(HOST)
 
 
 def _write(path: Path, document: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,8 @@ from molehunt.game import scoreboard
 from molehunt.game.baselines import baselines
 from molehunt.game.gate import Gate
 from molehunt.game.host import Played
-from molehunt.game.referee import Judged
+from molehunt.game.referee import Judged, Opened
+from molehunt.game.removals import Removal
 from molehunt.game.scoring import Points, Truth, judge
 from molehunt.networks import Network
 from molehunt.report import FOUND_AT, Change, GameReport, GateView, Pictures, RemovalView, Row, SubmissionView
@@ -62,7 +64,7 @@ def summary(played: Played, command: str) -> GameReport:
         classes=played.task.classes,
         seed=played.settings.seed,
         when=played.when,
-        submissions=tuple(_view(played, one) for one in sorted(played.judged, key=_order)),
+        submissions=tuple(_view(played, one) for one in sorted((*played.judged, *played.refused), key=_order)),
         defenders=_defenders(played),
         attackers=_attackers(played),
         parts={f.name: (getattr(weights, f.name), PARTS[f.name]) for f in fields(weights)},
@@ -84,30 +86,43 @@ def result(played: Played, document: GameReport) -> dict[str, Any]:
         "versions": dict(document.versions),
         "references": len(played.population.clean),
         "submissions": [
-            {
-                "id": one.submission.id,
-                "team": one.team,
-                "kind": one.kind,
-                "commitment": one.submission.commitment,
-                "arrived": one.arrived,
-                "attack": one.sealed.attack,
-                "altered": played.altered.get(one.submission.id),
-                "target": None if one.sealed.target is None else one.sealed.target.to_json(),
-                "gates": [{**asdict(gate), "margin": gate.margin} for gate in one.gates],
-                "valid": one.valid,
-                "p": one.verdict.p,
-                "q": one.verdict.q.tolist(),
-                "recovered_target": one.verdict.target,
-                "p_values": dict(one.verdict.p_values),
-                "stream_auc": one.stream,
-                "points": asdict(one.points),
-                "removals": [asdict(removal) for removal in one.removals],
-                "seconds": {o.defense: c.seconds for o in one.verdict.outcomes if (c := _cost(o)) is not None},
-            }
-            for one in played.judged
+            *({**_opened(played, one), **_answered(one)} for one in played.judged),
+            *(_opened(played, one) for one in played.refused),
         ],
         "defenders": [_row(row) for row in document.defenders],
         "attackers": [_row(row) for row in document.attackers],
+    }
+
+
+def _opened(played: Played, one: Opened) -> dict[str, Any]:
+    """What is known of a submission once its seal is open, whether or not a defense saw it."""
+    return {
+        "id": one.submission.id,
+        "team": one.team,
+        "kind": one.kind,
+        "commitment": one.submission.commitment,
+        "arrived": one.arrived,
+        "attack": one.sealed.attack,
+        "altered": played.altered.get(one.submission.id),
+        "relabeled": played.relabeled.get(one.submission.id),
+        "target": None if one.sealed.target is None else one.sealed.target.to_json(),
+        "gates": [{**asdict(gate), "margin": gate.margin} for gate in one.gates],
+        "valid": one.valid,
+        "examined": isinstance(one, Judged),
+    }
+
+
+def _answered(one: Judged) -> dict[str, Any]:
+    """What the defenses said of a submission, and what that earned."""
+    return {
+        "p": one.verdict.p,
+        "q": one.verdict.q.tolist(),
+        "recovered_target": one.verdict.target,
+        "p_values": dict(one.verdict.p_values),
+        "stream_auc": one.stream,
+        "points": asdict(one.points),
+        "removals": [asdict(removal) for removal in one.removals],
+        "seconds": {o.defense: c.seconds for o in one.verdict.outcomes if (c := _cost(o)) is not None},
     }
 
 
@@ -119,7 +134,7 @@ def _cost(outcome: Outcome) -> Cost | None:
     return getattr(outcome, "cost", None)
 
 
-def _order(one: Judged) -> tuple[int, str]:
+def _order(one: Opened) -> tuple[int, str]:
     return {"backdoored": 0, "honest": 1, "host clean": 2}[one.kind], one.team
 
 
@@ -157,11 +172,11 @@ def _judge(played: Played, one: Judged, verdict: Verdict) -> Points:
 
 def _attackers(played: Played) -> tuple[Row, ...]:
     teams: dict[str, list[scoreboard.Backdoor]] = {}
-    for one in played.judged:
+    for one in (*played.judged, *played.refused):
         if one.sealed.trigger is not None:
             teams.setdefault(one.team, []).append(
                 scoreboard.Backdoor(
-                    points=one.points if one.valid else None,
+                    points=one.points if isinstance(one, Judged) and one.valid else None,
                     weight=one.sealed.trigger.footprint().weight,
                     altered=played.altered.get(one.submission.id),
                     committed=one.arrived,
@@ -173,54 +188,64 @@ def _attackers(played: Played) -> tuple[Row, ...]:
 # -- one submission ---------------------------------------------------------------------------------------------------
 
 
-def _view(played: Played, one: Judged) -> SubmissionView:
-    points, sealed = one.points, one.sealed
-    notes = []
-    if one.stream is not None:
-        notes.append(
-            f"On a run-time stream of {played.stream} inputs, half of them stamped, STRIP's scores tell stamped from "
-            f"clean with AUC {one.stream:.3f}. The stream is a result of its own and earned nobody points."
-        )
-    if not one.valid:
-        notes.append("It missed a gate: no backdoor in the sense of the rules, and no points for its team.")
+def _view(played: Played, one: Opened) -> SubmissionView:
+    """Show what is known of a submission; what no defense saw has neither verdict nor points."""
+    sealed, answered = one.sealed, one if isinstance(one, Judged) else None
     return SubmissionView(
         id=one.submission.id[:12],
         team=one.team,
         kind=one.kind,
         attack="" if sealed.attack is None else f"{sealed.attack}, {_poisoned(played, one)}",
         gates=tuple(_gate(gate) for gate in one.gates),
-        verdict=one.verdict,
+        verdict=answered.verdict if answered else None,
         true_trigger=sealed.trigger,
         true_target="" if sealed.target is None else _words(sealed.target, played.task.classes),
         true_classes=()
         if sealed.target is None
         else tuple(sealed.target.mix(played.task.num_classes).nonzero().flatten().tolist()),
         pictures=_pictures(played, one),
-        accuracy=_change(points.accuracy, one.verdict),
-        asr=_change(points.asr, one.verdict),
-        removals=tuple(
-            RemovalView(
-                defense=removal.defense,
-                accuracy=Change(before=removal.accuracy[0], after=removal.accuracy[1]),
-                asr=None if removal.asr is None else Change(before=removal.asr[0], after=removal.asr[1]),
-                taken=removal.taken,
-            )
-            for removal in one.removals
-        ),
+        accuracy=_change(answered.points.accuracy, answered.verdict) if answered else None,
+        asr=_change(answered.points.asr, answered.verdict) if answered else None,
+        removals=tuple(_removal(removal) for removal in answered.removals) if answered else (),
         points={
             name: value
             for name in ("detection", "target", "trigger", "cleaning")
-            if (value := getattr(points, name)) is not None
+            if answered and (value := getattr(answered.points, name)) is not None
         },
-        notes=tuple(notes),
+        notes=tuple(_remarks(played, one)),
     )
 
 
-def _poisoned(played: Played, one: Judged) -> str:
+def _removal(removal: Removal) -> RemovalView:
+    return RemovalView(
+        defense=removal.defense,
+        accuracy=Change(before=removal.accuracy[0], after=removal.accuracy[1]),
+        asr=None if removal.asr is None else Change(before=removal.asr[0], after=removal.asr[1]),
+        taken=removal.taken,
+    )
+
+
+def _remarks(played: Played, one: Opened) -> Iterator[str]:
+    if isinstance(one, Judged) and one.stream is not None:
+        yield (
+            f"On a run-time stream of {played.stream} inputs, half of them stamped, STRIP's scores tell stamped from "
+            f"clean with AUC {one.stream:.3f}. The stream is a result of its own and earned nobody points."
+        )
+    if not isinstance(one, Judged):
+        yield (
+            "The host refused this set: its sealed trigger missed a gate on the model that was trained from it. No "
+            "defense saw it, and it earns its team no points."
+        )
+    elif not one.valid:
+        yield "It missed a gate: no backdoor in the sense of the rules, and no points for its team."
+
+
+def _poisoned(played: Played, one: Opened) -> str:
     """Say how many training images were altered: as measured where the host has the set, else as the team states."""
     rate = played.altered.get(one.submission.id)
     if rate is not None:
-        return f"{100 * rate:.1f} % of images altered, as measured"
+        labels = played.relabeled[one.submission.id]
+        return f"{100 * rate:.1f} % of images altered, {100 * labels:.1f} % relabeled, as measured"
     stated = one.sealed.details.get("poison_rate")
     if stated is None:
         return "poison rate not stated"
@@ -254,7 +279,7 @@ def _change(pair: tuple[float, float] | None, verdict: Verdict) -> Change | None
     return Change(before=pair[0], after=None if verdict.repaired is None else pair[1])
 
 
-def _pictures(played: Played, one: Judged) -> Pictures:
+def _pictures(played: Played, one: Opened) -> Pictures:
     """Show the first hidden images that the true trigger counts on, else the first ones."""
     x, y = played.hidden
     if one.sealed.target is not None:
@@ -262,7 +287,8 @@ def _pictures(played: Played, one: Judged) -> Pictures:
         x = x[chosen]
     x = x[:SHOWN]
     stamped = None if one.sealed.trigger is None else one.sealed.trigger(x)
-    recovered = None if one.verdict.trigger is None else one.verdict.trigger(x)
+    found = one.verdict.trigger if isinstance(one, Judged) else None
+    recovered = None if found is None else found(x)
     return Pictures(
         clean=x,
         stamped=stamped,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -30,8 +30,8 @@ STREAM = 200  # inputs of a run-time stream, half of them stamped
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Judged:
-    """One submission with all that is known after publication.
+class Opened:
+    """One submission whose seal was opened at publication.
 
     Attributes:
         submission: as in the books.
@@ -39,12 +39,8 @@ class Judged:
         kind: the truth: "backdoored", "honest" or "host clean".
         sealed: what its seal said.
         gates: as they were measured.
-        verdict: what the defender answered.
-        points: what the answer earned, before it is asked whether the submission counts.
         model: the submitted model.
         arrived: its place, from 0, in the order in which the host took the submissions in.
-        stream: AUC of STRIP on a stream of hidden inputs of which half are stamped; None without a trigger.
-        removals: what every repair that was offered does on hidden images.
     """
 
     submission: Submission
@@ -52,17 +48,30 @@ class Judged:
     kind: Kind
     sealed: Sealed
     gates: tuple[Gate, ...]
-    verdict: Verdict
-    points: Points
     model: Network
     arrived: int
-    stream: float | None
-    removals: tuple[Removal, ...] = ()
 
     @property
     def valid(self) -> bool:
         """Whether it passed every gate."""
         return all(gate.passed for gate in self.gates)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged(Opened):
+    """One submission with all that is known after publication.
+
+    Attributes:
+        verdict: what the defender answered.
+        points: what the answer earned, before it is asked whether the submission counts.
+        stream: AUC of STRIP on a stream of hidden inputs of which half are stamped; None without a trigger.
+        removals: what every repair that was offered does on hidden images.
+    """
+
+    verdict: Verdict
+    points: Points
+    stream: float | None
+    removals: tuple[Removal, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -140,6 +149,24 @@ class Referee:
         suspect = Suspect.of(self.model(submission), self.task, clean=clean, inputs=self._inputs(sealed))
         findings.save(inspect("strip", defenses["strip"], suspect), path)  # type: ignore[arg-type]  # a defense
 
+    def hides(self, submission: Submission) -> bool:
+        """Whether the seal holds a trigger; for the host's own bookkeeping, never told before publication."""
+        return self.unseal(submission).backdoored
+
+    def open(self, submission: Submission, team: str, *, host: bool, arrived: int) -> Opened:
+        """Open the seal for everybody; arguments as those of `judge`."""
+        sealed = self.unseal(submission)
+        honest: Kind = "host clean" if host else "honest"
+        return Opened(
+            submission=submission,
+            team=team,
+            kind="backdoored" if sealed.backdoored else honest,
+            sealed=sealed,
+            gates=self.gates(submission),
+            model=self.model(submission),
+            arrived=arrived,
+        )
+
     def judge(self, submission: Submission, team: str, *, host: bool, arrived: int) -> Judged:
         """Open the seal for everybody and count the points of the answer.
 
@@ -156,20 +183,14 @@ class Referee:
         written = json.loads((self.folder / "answers.json").read_text())[submission.id]
         if hashlib.sha256(path.read_bytes()).hexdigest() != written:
             raise ValueError(f"{path} was changed after the answers were written down")
-        verdict, sealed, model = read_verdict(path), self.unseal(submission), self.model(submission)
+        opened, verdict = self.open(submission, team, host=host, arrived=arrived), read_verdict(path)
+        sealed, model = opened.sealed, opened.model
         truth = Truth(backdoored=sealed.backdoored, trigger=sealed.trigger, target=sealed.target)
         repaired = None if verdict.repaired is None else self.assemble(verdict.repaired)
-        honest: Kind = "host clean" if host else "honest"
         return Judged(
-            submission=submission,
-            team=team,
-            kind="backdoored" if sealed.backdoored else honest,
-            sealed=sealed,
-            gates=self.gates(submission),
+            **{field.name: getattr(opened, field.name) for field in fields(opened)},
             verdict=verdict,
             points=judge(verdict, truth, self.hidden, model, repaired),
-            model=model,
-            arrived=arrived,
             stream=self._auc(submission, sealed),
             removals=removals(verdict, truth, self.hidden, model, self.assemble),
         )
