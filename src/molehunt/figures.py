@@ -6,12 +6,15 @@ This is the only module that imports matplotlib.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import font_manager
+from matplotlib.axes import Axes as Axes  # what `chart` hands to those who draw
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -24,6 +27,8 @@ SIDE = 64  # larger pictures are reduced to this many pixels: a report of photog
 GAIN = 10.0  # differences are never amplified more, or rounding noise would look like a trigger
 ARROWS = 10  # arrows per side of a displacement field
 DPI = 160  # of charts: sharp on paper at the width of a column
+CHART, CHART_DPI = (4.2, 2.9), 128  # of `chart`: letters of 12 pixels where a page shows it 400 pixels wide
+SHADES = 16  # colors of a chart: four and what lies between them and white
 # Two colors that stay apart for every kind of color vision, and, dark beside light, on gray paper.
 SAID, REST, INK = "#0072b2", "#e8c07d", "#222222"
 ARROW_COLOR = "#ffe9a8"  # light: what is transparent lies on a checkerboard of middle tones, by day and by night
@@ -276,11 +281,7 @@ def reliability_chart(bins: Sequence[Bin]) -> Picture:
     below.set_xlabel("probability that was said")
     below.set_xlim(-0.02, 1.02)
     for axes in (above, below):
-        # Outside: a line may reach any place within.
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=2, frameon=False, fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        _dress(axes)
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     rows = [
@@ -290,3 +291,51 @@ def reliability_chart(bins: Sequence[Bin]) -> Picture:
     alt = "Probabilities against truth, models by what they were told: " + "; ".join(rows)
     with Image.open(file) as image:
         return Picture(png=file.getvalue(), width=image.width, height=image.height, alt=alt)
+
+
+def _dress(axes: Axes) -> None:
+    """Give a chart the look of all of them: the key above, two spines, faint lines across."""
+    for columns in (2, 1):
+        # Outside: a line may reach any place within.
+        key = axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, frameon=False, fontsize=9)
+        for text in key.get_texts():
+            text.set_parse_math(False)  # a class name may hold dollar signs
+        # Long names make two columns wider than the picture, which would lose the end of one.
+        if key.get_window_extent().width < 0.8 * axes.figure.bbox.width:
+            break
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def chart(draw: Callable[[Axes], None], alt: str) -> Picture:
+    """Draw one chart in the look of all of them, 537 pixels wide, as a PNG with few colors and so with few bytes.
+
+    Args:
+        draw: puts lines, bars and names on the axes; what has a label is explained in the key above them. Text of
+            strangers needs `parse_math=False`, else what stands between two dollar signs is read as a formula.
+        alt: what it shows.
+    """
+    figure = Figure(figsize=CHART, dpi=CHART_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    draw(axes)
+    _dress(axes)
+    # Not `savefig`, which draws twice.
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves its canvas without types
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
+    few = drawn.quantize(SHADES, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    few.save(file, format="PNG", optimize=True)
+    return Picture(png=file.getvalue(), width=few.width, height=few.height, alt=alt)
+
+
+def drawable(text: str) -> bool:
+    """Whether the font of charts has a sign for every letter; where it has none, an empty box would stand there."""
+    return _letters().issuperset(map(ord, text))
+
+
+@cache
+def _letters() -> frozenset[int]:
+    path = font_manager.findfont(font_manager.FontProperties())
+    return frozenset(font_manager.get_font(path).get_charmap())

@@ -97,6 +97,18 @@ def test_details_tell_of_every_layer_and_candidate() -> None:
         assert row["reasr"] * images == pytest.approx(round(row["reasr"] * images), abs=1e-9)
 
 
+def test_details_hold_what_stimulating_the_reported_channel_does() -> None:
+    details = answer().details
+    curve, best = details["stimulation"], details["best"]
+    assert curve["levels"] == list(SHORT.levels)
+    assert curve["logits"].shape == (5, 10)
+    lifted = curve["logits"][1:].max(0).values - curve["logits"][0]
+    assert int(lifted.argmax()) == best["target"]
+    # The lead on every image is at least the channel's value, and on all the last level lifts most: so do the means.
+    first, second = lifted.topk(2).values.tolist()
+    assert first - second >= best["value"] - 1e-3
+
+
 class Flipped(nn.Module):
     """Turns the picture around first."""
 
@@ -128,6 +140,7 @@ def test_a_network_that_no_channel_moves_scores_nothing() -> None:
     assert found.class_scores is not None
     assert found.class_scores.tolist() == [0.0] * 4
     assert "no channel lifts one class" in found.details["warnings"][0]
+    assert "stimulation" not in found.details
 
 
 def test_filters_can_be_left_out() -> None:

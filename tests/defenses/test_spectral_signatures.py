@@ -349,6 +349,9 @@ def test_stamped_rows_of_the_training_set_stand_out_and_the_rows_that_go_are_the
     gone = torch.bincount(training.y[found.details["removed"]], minlength=10)
     assert gone.tolist() == found.details["removed_per_class"]
     assert found.details["removed_per_class"] == [min(round(0.24 * n), n // 2) for n in found.details["sizes"]]
+    assert found.details["outliers"]["class"] == 6
+    scores = found.sample_scores[training.y == 6].float()
+    assert torch.equal(found.details["outliers"]["scores"], scores.sort(descending=True).values)
 
 
 def test_scores_follow_the_rows_when_the_set_is_shuffled_and_do_not_depend_on_the_batch() -> None:

@@ -10,9 +10,12 @@ from html.parser import HTMLParser
 
 import made_up
 import pytest
+import torch
 from PIL import Image
 
-from molehunt.report import Change, game_html, scan_html
+from molehunt.charts import CHARTS, chart_of
+from molehunt.findings import Finding
+from molehunt.report import Change, ScanReport, game_html, scan_html
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 COLORED = (3, 32, 32)
@@ -253,3 +256,51 @@ def test_no_grid_is_wider_than_the_page(pages: dict[str, str]) -> None:
     assert len(grids) >= 4
     for rule in grids:
         assert "place-items" in rule or "minmax(" in rule, rule
+
+
+def saw(report: ScanReport, classes: tuple[str, ...] = made_up.DIGITS) -> ScanReport:
+    """A scan in which two defenses have something to show, and a plug-in and an old record have not."""
+    findings = (
+        Finding(
+            defense="neural_cleanse",
+            score=3.1,
+            details={"norms": [40.0, 42.0, 44.0, 46.0, 41.0, 43.0, 45.0, 5.5, 47.0, 39.0], "searched": list(range(10))},
+        ),
+        Finding(defense="pruning_detection", score=0.2, details={"accuracies": torch.ones(4), "accuracy": 0.9}),
+        Finding(defense="my_own", score=0.2, details={"norms": [1.0], "searched": [0]}),
+        Finding(defense="strip", score=0.2, details={"clean_entropies": torch.ones(4)}),
+    )
+    return replace(report, classes=classes, verdict=replace(report.verdict, outcomes=findings, p_values={}))
+
+
+def test_what_the_defenses_saw_is_shown_once_with_words_and_a_caption() -> None:
+    report = saw(made_up.scan())
+    page = Page(scan_html(report))
+    drawings = [picture for picture in page.all("img") if picture["class"] == "drawing"]
+    expected = [chart_of(f, report.classes) for f in report.verdict.outcomes if isinstance(f, Finding)]
+    assert [(d["src"], d["alt"]) for d in drawings] == [(p.uri, p.alt) for p in expected if p is not None]
+    assert len(drawings) == 2
+    assert page.words.count("What the defenses saw") == 1
+    for name in ("neural_cleanse", "pruning_detection"):
+        assert page.words.count(f"{name} {CHARTS[name].caption}") == 1
+    assert "strip How undecided" not in page.words
+
+
+def test_a_game_folds_what_the_defenses_saw_away_and_one_without_pictures_says_nothing(pages: dict[str, str]) -> None:
+    report = made_up.game()
+    first = replace(report.submissions[0], verdict=saw(made_up.scan()).verdict)
+    page = Page(game_html(replace(report, submissions=(first, *report.submissions[1:]))))
+    assert page.words.count("What the defenses saw: 2 pictures") == 1
+    assert len([picture for picture in page.all("img") if picture["class"] == "drawing"]) == 2
+    assert all("What the defenses saw" not in pages[name] for name in NAMES)
+
+
+def test_a_hostile_class_in_the_words_of_a_drawing_changes_no_element() -> None:
+    evil = (made_up.HOSTILE * 2)[1:11]
+    bad = scan_html(saw(made_up.scan(), evil))
+    assert [tag for tag, _ in Page(bad).elements] == [tag for tag, _ in Page(scan_html(saw(made_up.scan()))).elements]
+    assert not [a for a in Page(bad).all("img") if a.keys() - {"src", "alt", "width", "height", "class"}]
+    alts = [picture["alt"] for picture in Page(bad).all("img") if picture["class"] == "drawing"]
+    assert f"for “{evil[7]}”" in alts[0]
+    assert "<script>alert" in alts[0]
+    assert "<script>alert" not in bad

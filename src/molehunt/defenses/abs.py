@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,12 +15,14 @@ from molehunt.defenses._maximization import Aim, Kind, Patches, harden, maximize
 from molehunt.defenses._reasr import Held, Trial, hold, judge, same_class, suspicion
 from molehunt.defenses._stimulation import (
     Channel,
+    Layer,
     channels_at_once,
     elevations,
     hidden_layers,
     largest,
     passes,
     shortlist,
+    stimulate,
     suspicious,
 )
 from molehunt.engine import Run
@@ -59,7 +61,8 @@ class ABS:
 
     Details: `stimulated`, channels per layer; `compromised`, how many were candidates before the shortlist; `best`, the
     most suspicious trigger; `candidates`, the best one of every shortlisted channel and kind as {kind, layer, channel,
-    target, value, reasr, baseline, margin, images, suspicion}; `warnings`.
+    target, value, reasr, baseline, margin, images, suspicion}; `stimulation`, of the channel of `best`: its `levels`
+    and at each the `logits` (n, K), means over the stimulated images of other classes than its target; `warnings`.
 
     Attributes:
         seeds: images that are stimulated, drawn class by class in turn; more than twice `spare`.
@@ -177,7 +180,20 @@ class ABS:
             rows += self._patches(work, chosen)
             if self.filters:
                 rows += self._filters(work, chosen)
-        return self._answer(suspect, {path: len(a) for path, a in lifted.items()}, len(compromised), rows)
+        finding = self._answer(suspect, {path: len(a) for path, a in lifted.items()}, len(compromised), rows)
+        if (best := finding.details["best"]) is None:
+            return finding
+        layer = best["layer"]
+        curve = self._curve(suspect, layers[layer], tops[layer], seeds, best)
+        return replace(finding, details={**finding.details, "stimulation": curve})
+
+    def _curve(self, suspect: Suspect, layer: Layer, top: float, seeds: Images, best: dict[str, Any]) -> dict[str, Any]:
+        """What stimulating the reported channel does to the logits; see the class."""
+        channel, values = torch.tensor([best["channel"]]), torch.tensor(self.levels) * top
+        with suspect.autocast():
+            logits = stimulate([("", suspect.frozen)], seeds.x, best["layer"], layer, channel, values)[0]
+        others = (seeds.y != best["target"]).to(logits.device)
+        return {"levels": list(self.levels), "logits": logits[:, others].mean(1).cpu()}
 
     def split(self, clean: Images, rng: torch.Generator) -> tuple[Images, Images, Images]:
         """Images to stimulate, to search with and to measure REASR on: disjoint, every class in turn.

@@ -48,7 +48,8 @@ class SpectralSignatures:
     shares that were assumed), `top` (the largest singular value), `variance_share` (of the leading axis), `split` and
     `split_variance` (the share of a class's smaller part, and of the variance that lies between the parts, along that
     axis); with "quantum" `directions`, how many were taken, and `criteria` (K, T), tr(S' Q) of each of the `tried`
-    numbers; what was trained in `retrained`; and `warnings`. Where the axis splits a class near in half one of them
+    numbers; `outliers`, the `class` with the highest class score and the `scores` of its samples (n_k,), float32,
+    falling; what was trained in `retrained`; and `warnings`. Where the axis splits a class near in half one of them
     says that beyond 50 % of poison it is the clean samples that stick out.
 
     Attributes:
@@ -123,6 +124,7 @@ class SpectralSignatures:
             "epsilons": epsilons.cpu(),
             "removed": gone.nonzero().squeeze(1).cpu(),
             "removed_per_class": counts.tolist(),
+            "outliers": outliers(scores, y, class_scores),
         }
         repaired = None
         if self.retrain:
@@ -216,6 +218,12 @@ def removal_counts(sizes: Tensor, epsilons: Tensor) -> Tensor:
 def marked(scores: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
     """Bool (N,): of each class the `counts` (K,) samples with the highest scores (N,), ties by index."""
     return Grouped.of(labels, len(counts), scores).places() < counts[labels]
+
+
+def outliers(scores: Tensor, labels: Tensor, class_scores: Tensor) -> dict[str, Any]:
+    """The class with the highest of the scores (K,), and the scores of its samples, of all (N,), highest first."""
+    worst = int(class_scores.argmax())
+    return {"class": worst, "scores": scores[labels == worst].sort(descending=True).values.float().cpu()}
 
 
 def broken(smaller: Tensor, between: Tensor) -> list[str]:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor
 
 from molehunt import figures
+from molehunt.charts import CHARTS, chart_of
 from molehunt.figures import Picture
 from molehunt.findings import Abstention, Cost, Failure, Finding, Verdict
 from molehunt.report import words
@@ -74,6 +75,7 @@ def _environment() -> Environment:
         "judged": words.judged,
         "sentence": words.sentence,
         "outcomes": _outcomes,
+        "seen": _seen,
         "remarks": words.remarks,
     }
     environment.filters |= {
@@ -199,6 +201,22 @@ def _outcomes(verdict: Verdict, classes: tuple[str, ...]) -> list[_Line]:
             )
         )
     return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What one defense saw."""
+
+    defense: str
+    picture: Picture
+    caption: str
+
+
+def _seen(verdict: Verdict, classes: tuple[str, ...]) -> list[_Seen]:
+    """Draw the findings that have a chart, in the order of the table."""
+    found = [o for o in verdict.outcomes if isinstance(o, Finding)]
+    drawn = [(f.defense, picture) for f in found if (picture := chart_of(f, classes)) is not None]
+    return [_Seen(defense=name, picture=picture, caption=CHARTS[name].caption) for name, picture in drawn]
 
 
 @dataclass(frozen=True, kw_only=True)

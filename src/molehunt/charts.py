@@ -1,0 +1,341 @@
+"""What defenses saw, as pictures: one small chart for each that has more to show than a number.
+
+A chart reads the `details` that the defense documents. Where they lack something, as in the record of an older version,
+there is no chart.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molehunt.details import index, mapping, matrix, number, numbers, setting
+from molehunt.figures import INK, REST, SAID, Axes, Picture, chart, drawable
+from molehunt.findings import Finding
+from molehunt.legible import legible
+
+BINS = 40  # of a histogram
+MOST = 43  # bars or lines, one a class, that can still be told apart
+NAMED = 12  # classes whose names fit below their bars, if they are short
+DASHED: Any = (0, (5, 4))
+DOTTED: Any = (0, (1, 2))
+
+Draw: TypeAlias = Callable[[Finding, tuple[str, ...]], Picture | None]
+
+
+class Chart(NamedTuple):
+    """How a defense's finding is drawn, and what a reader has to know to read it."""
+
+    draw: Draw
+    caption: str
+
+
+def chart_of(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Draw what a defense saw.
+
+    Args:
+        finding: its answer.
+        classes: names of the classes; they may be strangers' text.
+
+    Returns:
+        The picture, whose words hold its essential numbers; None where the defense has no chart, as a plug-in, or where
+        its details lack what the chart needs.
+    """
+    known = CHARTS.get(finding.defense)
+    return None if known is None else known.draw(finding, classes)
+
+
+def fine_pruning(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Accuracy on held-out images by number of pruned channels, with the stop, and the tolerance where it is known."""
+    curve = numbers(finding.details.get("curve"))
+    pruned = index(finding.details.get("pruned"), len(curve))
+    if pruned is None:
+        return None
+    tolerance = number(setting(finding, "tolerance"))
+
+    def draw(axes: Axes) -> None:
+        axes.plot(curve, color=SAID, linewidth=2.0, label="held-out accuracy")
+        axes.axvline(pruned, color=INK, linewidth=1.2, linestyle=DASHED, label=f"stop: {pruned} pruned")
+        if tolerance is not None:
+            label = f"tolerance: {100 * tolerance:g} points"
+            axes.axhline(curve[0] - tolerance, color=INK, linewidth=1.2, linestyle=DOTTED, label=label)
+        axes.plot([pruned], [curve[pruned]], "o", color=SAID, markersize=7, markeredgecolor="white")
+        axes.set_xlim(0, max(1, len(curve) - 1))
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("channels pruned, dormant ones first")
+        axes.set_ylabel("accuracy")
+
+    alt = (
+        f"Fine-pruning, accuracy on held-out images by number of pruned channels: {_share(curve[0])} with none, "
+        f"{_share(curve[pruned])} at the stop after {pruned}, {_share(curve[-1])} with all {len(curve) - 1}"
+    )
+    if tolerance is not None:
+        alt += f"; the tolerance is {100 * tolerance:g} points, down to {_share(curve[0] - tolerance)}"
+    return chart(draw, alt)
+
+
+def spectral_signatures(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Histogram of the outlier scores of the class that sticks out most, with what lies beyond the threshold marked."""
+    found = mapping(finding.details.get("outliers"))
+    scores = sorted(numbers(found.get("scores")), reverse=True)
+    counts = numbers(finding.details.get("removed_per_class"))
+    target = index(found.get("class"), len(counts))
+    if not scores or target is None:
+        return None
+    gone = max(0, min(int(counts[target]), len(scores) - 1))
+    # Between the last that goes and the first that stays.
+    threshold = (scores[gone - 1] + scores[gone]) / 2 if gone else None
+    quantum = "criteria" in finding.details
+
+    def draw(axes: Axes) -> None:
+        edges = _edges(scores[0], threshold)
+        _histogram(axes, scores[gone:], edges, REST, f"kept of {_label(target, classes)}: {len(scores) - gone}")
+        if threshold is not None:
+            _histogram(axes, scores[:gone], edges, SAID, f"removed: {gone}")
+            axes.axvline(
+                threshold, color=INK, linewidth=1.2, linestyle=DASHED, label=f"threshold: {_amount(threshold)}"
+            )
+        axes.set_xlim(0, edges[-1])
+        # Most of a class lies in the first bars, and beside them a handful of outliers would have no height at all.
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlabel("outlier score (SPECTRE)" if quantum else "outlier score")
+        axes.set_ylabel("samples")
+
+    alt = (
+        f"{'SPECTRE' if quantum else 'Spectral signatures'}, outlier scores of the {len(scores)} training samples of "
+        f"{_name(target, classes)}, the class that sticks out most: median {_amount(median(scores))}, "
+        f"largest {_amount(scores[0])}"
+    )
+    alt += "; none is removed" if threshold is None else f"; the {gone} above {_amount(threshold)} are removed"
+    return chart(draw, alt)
+
+
+def strip(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Histogram of the entropies of clean images and of images that may carry a trigger, with the boundary marked.
+
+    The latter are those under the candidate trigger with the highest score, or the stream where there is no candidate.
+    """
+    clean = numbers(finding.details.get("clean_entropies"))
+    boundary = number(mapping(finding.details.get("calibration")).get("boundary"))
+    other, what = _judged(finding, classes)
+    if not clean or not other or boundary is None:
+        return None
+
+    def draw(axes: Axes) -> None:
+        edges = np.linspace(min(0.0, *clean, *other), max(*clean, *other, 0.01), BINS + 1)
+        for values, color, label in ((clean, REST, "clean"), (other, SAID, what[0])):
+            _histogram(axes, values, edges, color, label, scale=100 / len(values))
+        # Clean images again, as a line: what carries a trigger may hide them.
+        _outline(axes, clean, edges, 100 / len(clean))
+        axes.axvline(boundary, color=INK, linewidth=1.2, linestyle=DASHED, label=f"boundary: {boundary:.2f}")
+        axes.set_xlabel("mean entropy under mixing, bits")
+        axes.set_ylabel("images, %")
+
+    low = [sum(v <= boundary for v in values) / len(values) for values in (clean, other)]
+    alt = (
+        f"STRIP, mean entropies in bits: {len(clean)} clean images, median {median(clean):.2f}, and {len(other)} "
+        f"{what[1]}, median {median(other):.2f}; at or below the boundary of {boundary:.2f} lie {_share(low[0])} of "
+        f"the clean and {_share(low[1])} of the others"
+    )
+    return chart(draw, alt)
+
+
+def _judged(finding: Finding, classes: tuple[str, ...]) -> tuple[list[float], tuple[str, str]]:
+    """Entropies of what STRIP judged, with a short and a long name for it; empty where it judged nothing."""
+    rows = finding.details.get("candidates")
+    found = [mapping(row) for row in rows] if isinstance(rows, list | tuple) else []
+    found = [row for row in found if numbers(row.get("entropies")) and number(row.get("score")) is not None]
+    if found:
+        best = max(found, key=lambda row: float(row["score"]))
+        target = index(best.get("target"), len(classes))
+        short = "with a trigger" if target is None else f"with trigger for {_label(target, classes)}"
+        where = "" if target is None else f" for {_name(target, classes)}"
+        return numbers(best["entropies"]), (short, f"under the best candidate trigger{where}")
+    stream = [] if finding.input_scores is None else [-v for v in finding.input_scores.tolist()]
+    return stream, ("stream", "of the stream")
+
+
+def brain_stimulation(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Mean logits of ABS by stimulation of the reported channel: the class that it lifts, and the others."""
+    best, curve = mapping(finding.details.get("best")), mapping(finding.details.get("stimulation"))
+    levels, logits = numbers(curve.get("levels")), matrix(curve.get("logits"))
+    if not logits or len(logits) != len(levels):
+        return None
+    target = index(best.get("target"), len(logits[0]))
+    if target is None:
+        return None
+    lines = np.array(logits).T
+    others = [k for k in np.argsort(-lines[:, -1], kind="stable").tolist() if k != target][: MOST - 1]
+    where = f"channel {best.get('channel')} of {legible(str(best.get('layer')), 16)}"
+
+    def draw(axes: Axes) -> None:
+        for rank, k in enumerate(others):
+            label = "the other classes" if rank == 0 else None
+            axes.plot(levels, lines[k], color=REST, linewidth=1.4, label=label)
+        label = f"lifted: {_label(target, classes)}"
+        axes.plot(levels, lines[target], "o-", color=SAID, linewidth=2.0, markeredgecolor="white", label=label)
+        place = where if drawable(where) else "the channel"
+        axes.set_xlabel(f"{place}, times largest activation", parse_math=False, fontsize=9)
+        axes.set_ylabel("mean logit")
+
+    alt = (
+        f"ABS, mean logits by stimulation of {where}, in units of the layer's largest activation: "
+        f"{_name(target, classes)} from {_amount(lines[target, 0])} at {levels[0]:g} to {_amount(lines[target, -1])} "
+        f"at {levels[-1]:g}"
+    )
+    if others:
+        alt += f"; the highest other class there is {_name(others[0], classes)} with {_amount(lines[others[0], -1])}"
+    return chart(draw, alt)
+
+
+def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Bars of the L1 norm of the smallest mask, by class, with the reported class and the median marked."""
+    norms, searched = numbers(finding.details.get("norms")), numbers(finding.details.get("searched"))
+    if not norms or len(norms) != len(searched):
+        return None
+    size = dict(zip(map(int, searched), norms, strict=True))
+    shown = sorted(sorted(size, key=lambda k: size[k])[:MOST])
+    middle, smallest = median(norms), min(size, key=lambda k: size[k])
+    target = finding.target if finding.target in shown else None
+
+    def draw(axes: Axes) -> None:
+        places = range(len(shown))
+        rest = [0.0 if k == target else size[k] for k in shown]
+        axes.bar(places, rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
+        if target is not None:
+            at, label = shown.index(target), f"reported: {_label(target, classes)}"
+            axes.bar([at], [size[target]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
+        axes.axhline(middle, color=INK, linewidth=1.2, linestyle=DASHED, label=f"median: {_amount(middle)}")
+        _name_bars(axes, shown, classes)
+        axes.set_ylabel("L1 norm of the mask, pixels")
+
+    alt = (
+        f"Neural Cleanse, L1 norm in pixels of the smallest mask for each of {len(norms)} classes: "
+        f"median {_amount(middle)}, smallest {_amount(size[smallest])} for {_name(smallest, classes)}"
+    )
+    alt += (
+        "; no class is reported"
+        if target is None
+        else f"; reported is {_name(target, classes)} with {_amount(size[target])}"
+    )
+    if len(shown) < len(norms):
+        alt += f"; the {len(shown)} smallest are shown"
+    return chart(draw, alt)
+
+
+def pruning_detection(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Accuracies of the pruned copies, in the order in which filters are chosen, and that of the network as it is."""
+    accuracies, whole = numbers(finding.details.get("accuracies")), number(finding.details.get("accuracy"))
+    if not accuracies or whole is None:
+        return None
+    # Only targeted copies have an order: the first loses the lightest filters of every layer, the last the heaviest.
+    ordered = setting(finding, "sampling") == "targeted"
+
+    def draw(axes: Axes) -> None:
+        places = range(1, len(accuracies) + 1)
+        axes.axhline(whole, color=INK, linewidth=1.2, linestyle=DASHED, label=f"as it is: {_share(whole)}")
+        axes.plot(
+            places, accuracies, "o-", color=SAID, linewidth=1.4, markersize=7, markeredgecolor="white", label="pruned"
+        )
+        # Not from 0: what matters is how far copies differ, if only by a few points.
+        low, high = min(whole, *accuracies), max(whole, *accuracies)
+        room = max(0.02, 0.2 * (high - low))
+        axes.set_ylim(max(-0.03, low - room), min(1.03, high + room))
+        axes.set_xlim(0.5, len(accuracies) + 0.5)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("copy without the lightest to the heaviest filters" if ordered else "pruned copy")
+        axes.set_ylabel("accuracy")
+
+    worst = min(range(len(accuracies)), key=lambda s: accuracies[s])
+    alt = (
+        f"Pruning-based detection, accuracies of {len(accuracies)} pruned copies: {_share(min(accuracies))} (copy "
+        f"{worst + 1}) to {_share(max(accuracies))}, mean {_share(fmean(accuracies))}; unpruned {_share(whole)}"
+    )
+    return chart(draw, alt)
+
+
+CHARTS: dict[str, Chart] = {
+    "pruning_detection": Chart(
+        pruning_detection,
+        "Accuracy of copies that each lose other filters. How far it falls, and where, tells networks apart.",
+    ),
+    "fine_pruning": Chart(
+        fine_pruning,
+        "Accuracy while channels are cut, those first that clean images leave asleep. Pruning stops before it falls "
+        "below the tolerance.",
+    ),
+    "spectral_signatures": Chart(
+        spectral_signatures,
+        "Training samples of the class that sticks out most, by how far they lie out along its leading axis.",
+    ),
+    "strip": Chart(
+        strip,
+        "How undecided the model is when other images are mixed in. Under a trigger it stays sure: left of the line.",
+    ),
+    "abs": Chart(
+        brain_stimulation,
+        "Logits while one channel is stimulated. A compromised channel lifts one class above all others.",
+    ),
+    "neural_cleanse": Chart(
+        neural_cleanse,
+        "Size of the smallest mask that sends images to each class. A backdoor needs an abnormally small one.",
+    ),
+}
+"""Drawings by name of the defense, in the order of the rounds."""
+
+
+def _name(k: int, classes: Sequence[str]) -> str:
+    """The name of a class, shortened, in quotes."""
+    return f"“{legible(classes[k], 40)}”" if 0 <= k < len(classes) else f"class {k}"
+
+
+def _label(k: int, classes: Sequence[str]) -> str:
+    """The name of a class as it can be drawn: shortened; its number where the font lacks a letter."""
+    name = legible(classes[k], 16) if 0 <= k < len(classes) else ""
+    return f"“{name}”" if name and drawable(name) else f"class {k}"
+
+
+def _share(value: float) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f} %"
+
+
+def _amount(value: float) -> str:
+    """A number with three digits that count, and a real minus sign."""
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def _edges(largest: float, threshold: float | None) -> NDArray[np.float64]:
+    """Edges of `BINS` bins from 0 to the largest value; the threshold is one of them, so no bin has two colors."""
+    if threshold is None or not 0 < threshold < largest:
+        return np.linspace(0.0, largest if largest > 0 else 1.0, BINS + 1)
+    below = min(BINS - 1, max(1, round(BINS * threshold / largest)))
+    upper = np.linspace(threshold, largest, BINS - below + 1)
+    return np.concatenate((np.linspace(0.0, threshold, below + 1), upper[1:]))
+
+
+def _histogram(
+    axes: Axes, values: Sequence[float], edges: NDArray[np.float64], color: str, label: str, scale: float = 1.0
+) -> None:
+    """Filled steps: how many values lie in each bin, times a factor."""
+    axes.stairs(scale * np.histogram(values, edges)[0], edges, fill=True, color=color, label=label)
+
+
+def _outline(axes: Axes, values: Sequence[float], edges: NDArray[np.float64], scale: float) -> None:
+    axes.stairs(scale * np.histogram(values, edges)[0], edges, color=INK, linewidth=0.8)
+
+
+def _name_bars(axes: Axes, shown: Sequence[int], classes: Sequence[str]) -> None:
+    """Write below bars which classes they are: names where they fit, else numbers, of many classes of some."""
+    names = [legible(classes[k], 8) if 0 <= k < len(classes) else "" for k in shown]
+    if len(shown) <= NAMED and all(name and drawable(name) for name in names) and sum(map(len, names)) <= 40:
+        axes.set_xticks(range(len(shown)), names, parse_math=False)
+        axes.set_xlabel("class")
+        return
+    step = max(1, len(shown) // 8)
+    axes.set_xticks(range(0, len(shown), step), [str(k) for k in shown[::step]])
+    axes.set_xlabel("number of the class")
