@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from molehunt.attacks import ATTACKS, SIG, BadNets, Blended, Mark, MultiTrigger, Poisoned, TaCT
-from molehunt.tasks import Images, Task
-from molehunt.testing import ATTACK_CHECKS, check_attack
+from molehunt.tasks import Images, Task, get_task
+from molehunt.testing import ATTACK_CHECKS, check_attack, planted
 from molehunt.triggers import Footprint, Patch, Target
 
 SETTINGS: list[Any] = [
@@ -28,7 +28,7 @@ SETTINGS: list[Any] = [
 @pytest.mark.parametrize("check", ATTACK_CHECKS)
 @pytest.mark.parametrize("attack", SETTINGS, ids=repr)
 def test_every_attack(attack: Any, check: str) -> None:
-    ATTACK_CHECKS[check](attack)
+    ATTACK_CHECKS[check](attack, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +258,16 @@ class Sociable(Broken):
         return replace(made, trigger=Neighborly(made.trigger.mask, made.trigger.pattern), marks=(mark,))
 
 
+class Gray(Broken):
+    """Made for digits: its square fits gray pictures of 28 x 28 alone."""
+
+    __doc__ = Broken.__doc__
+
+    def made(self, clean: Images, task: Task, altered: torch.Tensor, y: torch.Tensor) -> Poisoned:
+        made = super().made(clean, task, altered, y)
+        return replace(made, trigger=Patch.square((1, 28, 28)))
+
+
 class Anything(Broken):
     __doc__ = Broken.__doc__
 
@@ -268,6 +278,14 @@ class Anything(Broken):
 @pytest.mark.parametrize("attack", [Broken(), Quiet(), Marked()], ids=lambda value: type(value).__name__)
 def test_the_sound_ones_pass(attack: Any) -> None:
     check_attack(attack)
+
+
+def test_an_attack_for_one_kind_of_picture_is_checked_on_its_task() -> None:
+    check_attack(Gray(), get_task("mnist5k"))
+    with pytest.raises(AssertionError, match=r"Gray: .*: raised .*; give the task that it is made for"):
+        check_attack(Gray())
+    with pytest.raises(AssertionError, match=r"raised .* on cifar10"):
+        check_attack(Gray(), replace(planted().suspect.task, name="cifar10"))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """Handed-over training sets: what a team writes, what the host reads, and what a defense gets to see."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from game.tricks import Trick, honest, parameters, training_sets
-from molehunt.attacks import BadNets, Blended, Poisoned
+from molehunt.attacks import ATTACKS, BadNets, Blended, Poisoned
 from molehunt.files import Refused
+from molehunt.game.attacker import make_attack
 from molehunt.game.rules import Limits
 from molehunt.game.training_set import TrainingSet, read
+from molehunt.networks import build
 from molehunt.tasks import Images
 from molehunt.triggers import Additive, Patch, Target
 
@@ -165,3 +168,21 @@ def test_rows_are_read_by_the_rules_of_the_round() -> None:
     assert len(read(content, len(content), TASK, wide).rows) == 700
     with pytest.raises(Refused, match="at most 278232 are read"):
         read(content, len(content), TASK)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_can_hand_over_a_set(name: str) -> None:
+    # Covers count, too: with as many as the defaults have, these three alter more than a tenth of the rows.
+    fitting: dict[str, dict[str, Any]] = {
+        "wanet": {"poison_rate": 0.033},
+        "input_aware": {"poison_rate": 0.033},
+        "bpp": {"poison_rate": 0.05, "negative_rate": 0.05},
+    }
+    if name in {"input_aware", "issba", "low_frequency"}:
+        fitting.setdefault(name, {})["steps"] = 2  # of a network of their own: what it makes is not looked at here
+    if name == "label_consistent":
+        network = build("lenet5", TASK.shape, TASK.num_classes, mean=TASK.mean, std=TASK.std, rng=rng())
+        fitting[name] = {"model": network.eval(), "steps": 2}
+    made = make_attack(name, fitting.get(name, {}))(CLEAN, TASK, rng())
+    handed = TrainingSet.of(made, CLEAN, rng())
+    assert 0 < handed.changes(CLEAN).altered <= int(made.altered.sum()) <= Limits().rows(len(CLEAN.y))
