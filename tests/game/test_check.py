@@ -1,5 +1,6 @@
 """Gates at home: the host's functions, on references that are trained once and kept."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,3 +177,20 @@ class TestJudged:
         assert gate.measured == pytest.approx(0.02)
         assert "70 of 3500 training rows differ, 70 of them in their label" in gate.message
         assert not poison_budget(made, clean, Limits(altered=0.01)).passed
+
+
+def test_while_one_model_is_trained_another_one_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(home, "recipe_for", lambda *_: SHORT)
+    kept = References(task=TASK, network=TASK.network)
+    kept.get(0)
+
+    def meanwhile(*arguments: Any, **settings: Any) -> Any:
+        # In a thread: were there one lock for all models, this would wait for ever.
+        reading = threading.Thread(target=kept.get, args=(0,), daemon=True)
+        reading.start()
+        reading.join(timeout=20.0)
+        assert not reading.is_alive()
+        return train_model(*arguments, **settings)
+
+    monkeypatch.setattr(home, "train_model", meanwhile)
+    kept.get(1)

@@ -154,8 +154,10 @@ def _once(
     check: Callable[[], None] | None,
 ) -> Network:
     """Return the model that is kept in a file, or train it now and keep it."""
-    # The lock makes a second process wait for the model instead of training it too.
-    with cache.lock("references"):
+    if (kept := _read(path, task, network)) is not None:
+        return kept
+    # The lock makes a second process wait for this model instead of training it too; others can be trained meanwhile.
+    with cache.lock(f"model-{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"):
         if (kept := _read(path, task, network)) is not None:
             return kept
         path.parent.mkdir(parents=True, exist_ok=True)
