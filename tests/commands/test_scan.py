@@ -18,9 +18,10 @@ from game.tricks import Trick, archives, honest, manifests, parameters, torch_fi
 from molehunt import calibration, combine, confinement, defenses
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
-from molehunt.defenses import NeuralCleanse
+from molehunt.defenses import DEFENSES, NeuralCleanse
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
 from molehunt.game import seal, submission, workshop
+from molehunt.game.rules import get_round
 from molehunt.game.workshop import Plan
 from molehunt.report import ScanReport
 from molehunt.runner import configuration
@@ -102,6 +103,23 @@ def test_if_no_defense_had_an_opinion_it_could_not_tell(
     monkeypatch.setattr(molehunt.scan, "scan", answers(p, *SILENT))
     assert scanning(model) == 2
     assert "Could not tell" in capsys.readouterr().out
+
+
+def test_repairs_have_the_budget_of_a_final(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def look(*arguments: Any, **settings: Any) -> ScanReport:
+        asked.update(settings["defenses"])
+        return answers(0.1, SPOKE)(*arguments, **settings)
+
+    monkeypatch.setattr(molehunt.scan, "scan", look)
+    assert scanning(model) == 0
+    budgets = get_round("final").repairs
+    assert budgets
+    for name, budget in budgets.items():
+        assert asked[name].steps == budget.steps
+    longer = [name for name in budgets if DEFENSES[name]().steps > asked[name].steps]  # type: ignore[attr-defined]
+    assert "super_fine_tuning" in longer, "else the test would not see whether the budget is given"
 
 
 @pytest.mark.parametrize(
