@@ -63,7 +63,8 @@ from molehunt.testing import auc
 from molehunt.training import Recipe, recipe_for
 from molehunt.training.layout import Layout
 from molehunt.training.layout import measure as measure_layout
-from molehunt.training.population import Grown, Member, Plan, train_population
+from molehunt.training.members import Grown, Member, Plan
+from molehunt.training.population import train_population
 from molehunt.triggers import Target
 from record import Figure, append, machine, rows, spread, write
 

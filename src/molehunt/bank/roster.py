@@ -13,7 +13,7 @@ from molehunt.game.rules import Limits
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import Recipe, recipe_for
-from molehunt.training.population import Member, Plan, Poison, Prepared, facts
+from molehunt.training.members import Member, Plan, Poison, Prepared, facts
 from molehunt.training.recipes import SMALL
 from molehunt.triggers import Patch, Sinusoid, Target
 

@@ -27,7 +27,7 @@ from molehunt.game.gates import ReferenceAccuracy
 from molehunt.networks import Network, default_device, fast_dtype
 from molehunt.tasks import get_task
 from molehunt.tensor_file import CheckpointError
-from molehunt.training.population import grow
+from molehunt.training.members import grow
 
 
 @dataclass(frozen=True, kw_only=True)
