@@ -154,7 +154,13 @@ def test_refuses_the_state_of_another_training(tmp_path: Path) -> None:
     images, state = colors(), tmp_path / "training.safetensors"
     train(small(), images, RECIPE, rng=generator(), checkpoint=state)
     poisoned = Images(images.x, images.y.roll(1))
-    for other, data in ((replace(RECIPE, lr=0.04), images), (RECIPE, poisoned)):
+    stained = images.x.clone()
+    stained[-1, 0, 0, 0] = 1 - stained[-1, 0, 0, 0]
+    for other, data in (
+        (replace(RECIPE, lr=0.04), images),
+        (RECIPE, poisoned),
+        (RECIPE, Images(stained, images.y)),
+    ):
         with pytest.raises(ValueError, match="belongs to another training"):
             train(small(), data, other, rng=generator(), checkpoint=state)
     state.write_bytes(state.read_bytes()[:100])
