@@ -234,5 +234,5 @@ def _fingerprint(model: nn.Module, images: Images, recipe: Recipe, stamped: bool
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     digest.update(images.y.cpu().numpy().tobytes())
     # All of them, half a second for CIFAR-10: two poisoned sets may differ in the pixels of a few rows alone.
-    digest.update(memoryview(images.x.cpu().contiguous().numpy()))
+    digest.update(images.x.cpu().contiguous().numpy().data)
     return digest.hexdigest()
