@@ -17,7 +17,8 @@ def with_plugins(group: str, built_in: Mapping[str, T], kind: str, *, reserved: 
         reserved: further names that no package may use.
 
     Raises:
-        ValueError: two packages use one name, or a package uses one that is built in or reserved.
+        ValueError: two packages use one name, a package uses one that is built in or reserved, or one cannot be
+            loaded.
     """
     plugins: dict[str, T] = {}
     for point in entry_points(group=group):
@@ -25,5 +26,11 @@ def with_plugins(group: str, built_in: Mapping[str, T], kind: str, *, reserved: 
             raise ValueError(f"a plug-in may not replace a built-in {kind}: {point.name!r} is {point.value}")
         if point.name in plugins:
             raise ValueError(f"two plug-ins have one name: {point.name!r}, the second is {point.value}")
-        plugins[point.name] = point.load()
+        try:
+            plugins[point.name] = point.load()
+        except Exception as error:  # a stranger's package may raise anything while it is imported
+            raise ValueError(
+                f"the {kind} {point.name!r} of an installed package cannot be loaded from {point.value}: {error!r}; "
+                "repair or uninstall that package"
+            ) from error
     return {**built_in, **plugins}

@@ -41,3 +41,9 @@ def test_two_packages_with_one_name_are_refused(installed: list[EntryPoint]) -> 
     installed.extend([point("mine"), point("mine")])
     with pytest.raises(ValueError, match="two plug-ins have one name: 'mine'"):
         available()
+
+
+def test_a_package_that_cannot_be_loaded_is_named(installed: list[EntryPoint]) -> None:
+    installed.append(EntryPoint(name="gone", value="no_such_package:Attack", group="molehunt.attacks"))
+    with pytest.raises(ValueError, match=r"attack 'gone' .* cannot be loaded from no_such_package:Attack: Module"):
+        available()

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from PIL import Image
 import molehunt.scan
 from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
-from molehunt import calibration, combine, confinement, defenses
+from molehunt import calibration, combine, confinement, defenses, plugins
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
 from molehunt.defenses import DEFENSES, NeuralCleanse
@@ -120,6 +121,13 @@ def test_repairs_have_the_budget_of_a_final(model: Path, monkeypatch: pytest.Mon
         assert asked[name].steps == budget.steps
     longer = [name for name in budgets if DEFENSES[name]().steps > asked[name].steps]  # type: ignore[attr-defined]
     assert "super_fine_tuning" in longer, "else the test would not see whether the budget is given"
+
+
+def test_a_broken_plug_in_is_named_and_is_no_answer(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    broken = EntryPoint(name="gone", value="no_such_package:Defense", group="molehunt.defenses")
+    monkeypatch.setattr(plugins, "entry_points", lambda *, group: [broken] if group == broken.group else [])
+    assert scanning(model) == 3
+    assert "the defense 'gone' of an installed package cannot be loaded" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

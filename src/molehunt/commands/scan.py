@@ -104,7 +104,8 @@ def scan(
         with reading(path):
             model, recipe = _read(path, problem, network)
         # With the short budget of a final, in which everything plays as it does here.
-        kinds = available()
+        with given():
+            kinds = available()
         defenses = {name: kind() for name, kind in kinds.items()}
         defenses |= get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
         with given((ValueError, OSError)):
