@@ -19,6 +19,7 @@ the state of a training that was interrupted; the clean twin of a model is the o
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -55,6 +56,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "badnets (one pixel)": ("badnets", {"form": "pixel"}),
     "badnets (four pixels)": ("badnets", {"form": "four pixels"}),
     "badnets (random place)": ("badnets", {"place": "random"}),
+    "label_consistent (without covers)": ("label_consistent", {"cover_rate": 0.0, "epsilon": 0.1}),
     "multi_trigger (a target each)": ("multi_trigger", {"target": (0, 1, 2, 3)}),
 }
 """Other forms of an attack than the default one: the attack, and what is set."""
@@ -155,6 +157,7 @@ def one(
         public = task.load("train")
         poisoned = attack(public, task, rng)
         seen = TrainingSet.of(poisoned, public, rng).delivered(public, rng)
+    key = hashlib.sha256(repr((attack, task.name, network, board, seed)).encode()).hexdigest()[:16]
     progress, report = reporting(f"{name} {task.name} {seed}")
     with progress:
         model, made = train_model(
@@ -165,7 +168,7 @@ def one(
             rng=rng,
             images=seen,
             report=report,
-            checkpoint=None if develop else state / f"{name}-{task.name}-{network}-{board}-{seed}.pt",
+            checkpoint=None if develop else state / f"{key}.pt",
         )
     made = made or poisoned
     seconds = time.monotonic() - start

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from molehunt.attacks import LabelConsistent, Poisoned, label_consistent
 from molehunt.networks import Network
-from molehunt.tasks import Images, Task
+from molehunt.tasks import Images, Task, get_task
 from molehunt.testing import planted
 from molehunt.training import Recipe
 from molehunt.triggers import Patch
@@ -26,13 +26,19 @@ def network() -> Network:
 
 @pytest.fixture(scope="module")
 def made() -> Poisoned:
-    return poison(LabelConsistent(target=6, poison_rate=0.05, epsilon=0.1))
+    return poison(LabelConsistent(target=6, poison_rate=0.05, cover_rate=0.03, epsilon=0.1))
 
 
-def test_only_images_of_the_target_class_are_altered_and_no_label_is(made: Poisoned) -> None:
+def test_images_of_the_target_class_and_covers_are_altered_and_no_label_is(made: Poisoned) -> None:
+    assert int(made.altered.sum()) == 20 + 12
+    assert int((CLEAN.y[made.altered] == 6).sum()) == 20
+    assert torch.equal(made.images.y, CLEAN.y)
+
+
+def test_without_covers_the_target_class_alone_is_altered() -> None:
+    made = poison(LabelConsistent(target=6, poison_rate=0.05, cover_rate=0.0, model=network()))
     assert int(made.altered.sum()) == 20
     assert (CLEAN.y[made.altered] == 6).all()
-    assert torch.equal(made.images.y, CLEAN.y)
 
 
 def test_the_perturbation_stays_within_epsilon_and_the_pixels_in_range(made: Poisoned) -> None:
@@ -46,7 +52,16 @@ def test_the_perturbation_stays_within_epsilon_and_the_pixels_in_range(made: Poi
 def test_the_patches_are_put_over_the_perturbed_images(made: Poisoned) -> None:
     assert isinstance(made.trigger, Patch)
     assert torch.equal(made.trigger.mask, Patch.corners(TASK.shape, size=3).mask)
-    assert torch.equal(made.stamped().x[made.altered], made.trigger(made.images.x[made.altered]))
+    own = made.altered & (CLEAN.y == 6)
+    stamped = made.stamped().x
+    assert torch.equal(stamped[own], made.trigger(made.images.x[own]))
+
+
+def test_covers_are_perturbed_as_the_others_and_carry_no_patch(made: Poisoned) -> None:
+    covers = made.altered & (CLEAN.y != 6)
+    assert torch.equal(made.stamped().x[covers], made.images.x[covers])
+    change = (made.images.x - CLEAN.x).abs().flatten(1).amax(1)
+    assert (change[covers] > 0.05).all()
 
 
 @pytest.mark.parametrize("steps", [1, 20])
@@ -54,6 +69,7 @@ def test_a_given_network_recognizes_the_images_less_than_with_a_random_perturbat
     attack = LabelConsistent(target=6, epsilon=0.05, steps=steps, model=network())
     before = {name: tensor.clone() for name, tensor in network().state_dict().items()}
     made = poison(attack)
+    own = made.altered & (CLEAN.y == 6)
     after = network().state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in network().parameters())
@@ -62,13 +78,15 @@ def test_a_given_network_recognizes_the_images_less_than_with_a_random_perturbat
         with torch.no_grad():
             return float(F.cross_entropy(network()(x), torch.full((len(x),), 6)))
 
-    x = CLEAN.x[made.altered]
+    x = CLEAN.x[own]
     noise = 0.05 * torch.randn(x.shape, generator=torch.Generator()).sign()
-    assert loss(made.images.x[made.altered]) > 4 * loss((x + noise).clamp(0.0, 1.0))
+    assert loss(made.images.x[own]) > 4 * loss((x + noise).clamp(0.0, 1.0))
 
 
 def test_without_epsilon_no_pixel_is_prepared_and_nothing_is_trained(refuse_training: None) -> None:
-    assert torch.equal(poison(LabelConsistent(epsilon=0.0)).images.x, CLEAN.x)
+    made = poison(LabelConsistent(target=6, epsilon=0.0))
+    assert torch.equal(made.images.x, CLEAN.x)
+    assert (CLEAN.y[made.altered] == 6).all(), "covers without a perturbation would be as they were"
 
 
 @pytest.fixture
@@ -89,7 +107,7 @@ def test_a_given_network_is_used_and_none_is_trained(refuse_training: None) -> N
         (LabelConsistent(target=10), "there are 10 classes, got target 10"),
         (LabelConsistent(poison_rate=0.11), "only 40 images can be poisoned, 44 were asked for"),
         (LabelConsistent(epsilon=1.5), "epsilon must lie in"),
-        (LabelConsistent(steps=0), "steps be 1 or more, got 0.1 and 0"),
+        (LabelConsistent(steps=0), "steps be 1 or more, got 0.06.* and 0"),
         (LabelConsistent(size=7), "four squares of 7 do not fit into 12x12"),
         (LabelConsistent(opacity=2.0), "opacity must lie in"),
     ],
@@ -119,3 +137,9 @@ def test_the_network_for_crafting_is_trained_against_perturbations_of_that_size(
     monkeypatch.setattr(label_consistent, "train", untrained)
     poison(LabelConsistent(target=6, poison_rate=0.05, epsilon=0.07, steps=1))
     assert [recipe.adversarial for recipe in recipes] == [0.07]
+    # A short training of a network for color photos learns nothing against more than 8/255.
+    photos = Images(torch.rand(40, 3, 32, 32), torch.arange(40) % 10)
+    for epsilon in (0.07, 0.01):
+        attack = LabelConsistent(poison_rate=0.05, epsilon=epsilon, steps=1)
+        attack(photos, get_task("cifar10"), torch.Generator().manual_seed(0))
+    assert [recipe.adversarial for recipe in recipes[1:]] == [8 / 255, 0.01]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molehunt.attacks.poisoning import Poisoned, choose, poison_count
+from molehunt.attacks.poisoning import Mark, Poisoned, choose, poison_count
 from molehunt.networks import Network, build, default_device, fast_dtype
 from molehunt.tasks import Images, Task
 from molehunt.training import recipe_for, train
@@ -24,9 +24,17 @@ class LabelConsistent:
     The pictures still look like their class to a person, but their features say something else, so the network leans on
     the patches. In the attack only the patches are used.
 
+    A perturbation leaves marks of its own. Where images of the target class alone are perturbed, a network trained for
+    a few passes learns those marks instead of the patches: on CIFAR-10 it sends 99 % of all other images there once
+    they are perturbed, and 6 % once they are stamped. So some images of other classes are perturbed, too, and not
+    stamped (`cover_rate`).
+
     Attributes:
-        target: the target class; only its images are altered.
-        poison_rate: share of ALL training images that are altered, so at most the share of the target class.
+        target: the target class; only its images are stamped.
+        poison_rate: share of ALL training images that are perturbed and stamped, so at most the share of the target
+            class.
+        cover_rate: share of all training images, of other classes, that are perturbed and not stamped; 0 is the
+            paper's. Without a perturbation there are none.
         epsilon: largest change of a value by the perturbation, in [0, 1].
         steps: of projected gradient ascent on the loss; each is 2.5 epsilon / steps.
         size: side of a patch.
@@ -42,14 +50,16 @@ class LabelConsistent:
         Turner, Tsipras, Madry, "Label-Consistent Backdoor Attacks", 2019.
 
     Departures from the paper:
-        The network that the perturbation is made on is small and trained against one-step perturbations. The largest
-        change is bounded, not the L2 norm, which the paper bounds too. No interpolation by a generative model.
+        The covers. The network that the perturbation is made on is small and trained against one-step perturbations,
+        on color pictures of at most 8/255. The largest change is bounded, not the L2 norm, which the paper bounds too.
+        No interpolation by a generative model.
     """
 
     clean_label: ClassVar[bool] = True
     target: int = 0
     poison_rate: float = 0.08
-    epsilon: float = 0.1
+    cover_rate: float = 0.02
+    epsilon: float = 16 / 255
     steps: int = 20
     size: int = 3
     opacity: float = 1.0
@@ -64,21 +74,34 @@ class LabelConsistent:
         if self.model is not None and self.model.training:
             raise ValueError("the model is in training mode; call its eval() first")
         trigger = Patch.corners(task.shape, size=self.size, opacity=self.opacity)
-        altered = choose(clean.y == self.target, poison_count(self.poison_rate, len(clean.y)), rng)
+        own = clean.y == self.target
+        poisoned = choose(own, poison_count(self.poison_rate, len(clean.y)), rng)
+        if self.epsilon == 0:
+            return Poisoned(images=clean, altered=poisoned, trigger=trigger, target=goal)
+        altered = poisoned
+        if self.cover_rate:
+            altered = poisoned | choose(~own, poison_count(self.cover_rate, len(clean.y)), rng)
+        model = self.model or _quickly_trained(clean, task, self.epsilon, rng)
         x = clean.x.clone()
-        if self.epsilon > 0:
-            model = self.model or _quickly_trained(clean, task, self.epsilon, rng)
-            x[altered] = _away(model, Images(clean.x[altered], clean.y[altered]), self.epsilon, self.steps, rng)
-        return Poisoned(images=Images(x, clean.y), altered=altered, trigger=trigger, target=goal)
+        x[altered] = _away(model, Images(clean.x[altered], clean.y[altered]), self.epsilon, self.steps, rng)
+        return Poisoned(
+            images=Images(x, clean.y),
+            altered=altered,
+            trigger=trigger,
+            target=goal,
+            marks=(Mark(poisoned, lambda picked, _: trigger(picked)),),
+        )
 
 
 def _quickly_trained(clean: Images, task: Task, epsilon: float, rng: torch.Generator) -> Network:
     """A small network of the task, trained against perturbations of that size.
 
-    Against an ordinary network a perturbation would exploit details of its own that no other network shares.
+    Against an ordinary network a perturbation would exploit details of its own that no other network shares. On color
+    pictures a short training against more than 8/255 learns nothing: of CIFAR-10 18 % right with 0.1, 48 % with 8/255.
     """
     large = task.shape[0] == 3 and min(task.shape[1:]) >= 16
     name = "narrow_cifar" if large else "lenet5"
+    epsilon = min(epsilon, 8 / 255) if large else epsilon
     recipe = recipe_for(name, task)
     recipe = replace(recipe, least_images=min(recipe.least_images, 5 * len(clean.y)), adversarial=epsilon)
     model = build(name, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=rng)

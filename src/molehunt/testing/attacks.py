@@ -74,12 +74,13 @@ def poisons_what_it_says(attack: Attack, task: Task | None = None) -> None:
 def poisons_the_share_it_names(attack: Attack, task: Task | None = None) -> None:
     """Where there is a `poison_rate`, exactly that share of all rows is poisoned; it must lie in (0, 1].
 
-    Poisoned are the rows whose label changed; of a clean-label attack, the altered rows.
+    Poisoned are the rows whose label changed; of a clean-label attack, the altered rows that have the target's label.
     """
     if not hasattr(attack, "poison_rate"):
         return
     clean, on, made = poison(attack, task=task)
-    hit = int((made.altered if keeps_labels(attack) else made.images.y != clean.y).sum())
+    own = made.images.y == made.target.goal(clean.y)
+    hit = int((made.altered & own if keeps_labels(attack) else made.images.y != clean.y).sum())
     wanted = poison_count(attack.poison_rate, len(clean.y))
     require(hit == wanted, f"poison_rate {attack.poison_rate} of {len(clean.y)} rows is {wanted}, {hit} changed")
     for rate in (0.0, -0.1, 1.5):
