@@ -198,6 +198,23 @@ def test_the_reported_class_is_the_low_bar_and_no_class_need_be_reported() -> No
     assert not seen(picture, SAID)[lower:].any()
 
 
+def test_classes_without_a_mask_that_works_have_no_bar() -> None:
+    norms, searched = [5.0, 60.0, 60.0, 40.0], [0, 1, 2, 3]
+    some = Finding(
+        defense="neural_cleanse",
+        details={"norms": norms, "searched": searched, "censored": [False, True, True, False]},
+    )
+    alt = drawn(some).alt
+    assert "each of 2 classes, 2 more have no mask that works: median 22.5, smallest 5 for “0”" in alt
+    none = replace(some, details={**some.details, "censored": [True] * 4})
+    assert chart_of(none, DIGITS) is None
+
+
+def test_huge_numbers_have_three_digits() -> None:
+    many = Finding(defense="neural_cleanse", details={"norms": [1e30, 2.5e30], "searched": [0, 1]})
+    assert "smallest 1e+30 for “0”" in drawn(many).alt
+
+
 def test_of_many_classes_the_smallest_masks_are_shown() -> None:
     norms = [100.0 + k for k in range(200)]
     norms[150] = 3.0

@@ -192,11 +192,18 @@ def brain_stimulation(finding: Finding, classes: tuple[str, ...]) -> Picture | N
 
 
 def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
-    """Bars of the L1 norm of the smallest mask, by class, with the reported class and the median marked."""
+    """Bars of the L1 norm of the smallest mask, by class, with the reported class and the median marked.
+
+    A class without a mask that works has no bar: the norm that stands for it is another class's.
+    """
     norms, searched = numbers(finding.details.get("norms")), numbers(finding.details.get("searched"))
-    if not norms or len(norms) != len(searched):
+    censored = numbers(finding.details.get("censored")) or [0.0] * len(norms)
+    if not norms or not len(norms) == len(searched) == len(censored):
         return None
-    size = dict(zip(map(int, searched), norms, strict=True))
+    size = {int(k): norm for k, norm, cut in zip(searched, norms, censored, strict=True) if not cut}
+    if not size:
+        return None
+    without, norms = len(norms) - len(size), list(size.values())
     shown = sorted(sorted(size, key=lambda k: size[k])[:MOST])
     middle, smallest = median(norms), min(size, key=lambda k: size[k])
     target = finding.target if finding.target in shown else None
@@ -213,7 +220,8 @@ def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None
         axes.set_ylabel("L1 norm of the mask, pixels")
 
     alt = (
-        f"Neural Cleanse, L1 norm in pixels of the smallest mask for each of {len(norms)} classes: "
+        f"Neural Cleanse, L1 norm in pixels of the smallest mask for each of {len(norms)} classes"
+        f"{f', {without} more have no mask that works' if without else ''}: "
         f"median {_amount(middle)}, smallest {_amount(size[smallest])} for {_name(smallest, classes)}"
     )
     alt += (
@@ -305,7 +313,7 @@ def _share(value: float) -> str:
 
 def _amount(value: float) -> str:
     """A number with three digits that count, and a real minus sign."""
-    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
     return text.replace("-", "−")
 
 

@@ -280,6 +280,11 @@ def test_the_sound_ones_pass(attack: Any) -> None:
     check_attack(attack)
 
 
+def test_the_pictures_of_a_task_have_its_share_of_every_class() -> None:
+    # 350 of 3 500 digits are of class 0, so 9.5 % of all can be poisoned, and of 400 as well.
+    check_attack(SIG(poison_rate=0.095), get_task("mnist5k"))
+
+
 def test_an_attack_for_one_kind_of_picture_is_checked_on_its_task() -> None:
     check_attack(Gray(), get_task("mnist5k"))
     with pytest.raises(AssertionError, match=r"Gray: .*: raised .*; give the task that it is made for"):

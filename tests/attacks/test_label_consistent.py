@@ -107,6 +107,7 @@ def test_a_given_network_is_used_and_none_is_trained(refuse_training: None) -> N
         (LabelConsistent(target=10), "there are 10 classes, got target 10"),
         (LabelConsistent(poison_rate=0.11), "only 40 images can be poisoned, 44 were asked for"),
         (LabelConsistent(epsilon=1.5), "epsilon must lie in"),
+        (LabelConsistent(cover_rate=-0.1, epsilon=0.0), "cover_rate must lie in"),
         (LabelConsistent(steps=0), "steps be 1 or more, got 0.06.* and 0"),
         (LabelConsistent(size=7), "four squares of 7 do not fit into 12x12"),
         (LabelConsistent(opacity=2.0), "opacity must lie in"),

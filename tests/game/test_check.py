@@ -179,18 +179,21 @@ class TestJudged:
         assert not poison_budget(made, clean, Limits(altered=0.01)).passed
 
 
-def test_while_one_model_is_trained_another_one_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_one_model_is_trained_others_can_be_read_and_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(home, "recipe_for", lambda *_: SHORT)
     kept = References(task=TASK, network=TASK.network)
-    kept.get(0)
+    kept.get(70)  # no other test asks for these
 
     def meanwhile(*arguments: Any, **settings: Any) -> Any:
-        # In a thread: were there one lock for all models, this would wait for ever.
-        reading = threading.Thread(target=kept.get, args=(0,), daemon=True)
-        reading.start()
-        reading.join(timeout=20.0)
-        assert not reading.is_alive()
+        monkeypatch.setattr(home, "train_model", train_model)
+        # In threads: were there one lock for all models, these would wait for ever.
+        for number in (70, 72):
+            other = threading.Thread(target=kept.get, args=(number,), daemon=True)
+            other.start()
+            other.join(timeout=60.0)
+            assert not other.is_alive()
         return train_model(*arguments, **settings)
 
     monkeypatch.setattr(home, "train_model", meanwhile)
-    kept.get(1)
+    kept.get(71)
+    assert {"70", "71", "72"} <= {path.stem for path in kept.folder.glob("*.safetensors")}

@@ -73,13 +73,18 @@ def host(folder: Path, settings: Settings = SETTINGS, watch: Watch | None = None
     return Host(settings, folder, defenses=defenses, inspectors=[inspect], engine=Local(), watch=watch or Silent())
 
 
-def played(folder: Path, settings: Settings, epochs: float = 3.0) -> tuple[Played, list[Images]]:
+EXAMINING = "The defenses examine every submission that was not refused"
+
+
+def played(
+    folder: Path, settings: Settings, epochs: float = 3.0, watch: Watch | None = None
+) -> tuple[Played, list[Images]]:
     """Play with a short recipe. Three passes are enough for the gates, a quarter of a pass is not."""
     Bookkeeper.seen.clear()
     with pytest.MonkeyPatch.context() as patch:
         short = Recipe(epochs=epochs, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
         patch.setattr(entries, "recipe_for", lambda *_: short)
-        done = host(folder, settings).play()
+        done = host(folder, settings, watch).play()
     return done, list(Bookkeeper.seen)
 
 
@@ -202,8 +207,12 @@ def test_on_the_weights_board_such_a_defense_abstains(tmp_path: Path) -> None:
 
 
 def test_a_set_whose_trigger_misses_the_gate_on_the_hosts_model_is_refused(tmp_path: Path) -> None:
-    done, seen = played(tmp_path, SETTINGS, epochs=0.25)
+    watch = Listener([])
+    done, seen = played(tmp_path, SETTINGS, epochs=0.25, watch=watch)
     (refused,) = done.refused
+    assert "Yellow Square: backdoored, refused: missed a gate" in watch.lines
+    before = watch.lines[: watch.lines.index("Seals are opened, points are counted")]
+    assert not any("Yellow" in line or "Honest" in line for line in before[before.index(EXAMINING) :])
     (honest,) = done.judged
     assert (refused.team, refused.kind, honest.team) == ("Yellow Square", "backdoored", "Honest Abe")
     assert "attack success" in {gate.name for gate in refused.gates if not gate.passed}

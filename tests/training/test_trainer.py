@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from molehunt.networks import NETWORKS, Network, build
 from molehunt.tasks import TASKS, Images
 from molehunt.training import RECIPES, Recipe, accuracy, recipe_for, train
+from molehunt.training import state as training_state
 from molehunt.training.augmentation import cover, crop
 from molehunt.training.batches import Batches, Order
 from molehunt.training.optimizers import Muon, make_optimizers, orthogonalize
@@ -150,7 +151,7 @@ def test_a_killed_training_resumes_from_the_last_saving(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_refuses_the_state_of_another_training(tmp_path: Path) -> None:
+def test_refuses_the_state_of_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, state = colors(), tmp_path / "training.safetensors"
     train(small(), images, RECIPE, rng=generator(), checkpoint=state)
     poisoned = Images(images.x, images.y.roll(1))
@@ -163,6 +164,14 @@ def test_refuses_the_state_of_another_training(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="belongs to another training"):
             train(small(), data, other, rng=generator(), checkpoint=state)
+    monkeypatch.setattr(training_state, "FORMAT", training_state.OLDER[0])
+    older = tmp_path / "older.safetensors"
+    train(small(), images, RECIPE, rng=generator(), checkpoint=older)
+    monkeypatch.undo()
+    anew, plain = small(), small()
+    train(anew, poisoned, RECIPE, rng=generator(), checkpoint=older)
+    train(plain, poisoned, RECIPE, rng=generator())
+    assert same(anew, plain), "what an older format holds is not gone on with"
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(ValueError, match="no checkpoint of a training"):
         train(small(), images, RECIPE, rng=generator(), checkpoint=state)

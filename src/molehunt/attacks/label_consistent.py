@@ -71,6 +71,8 @@ class LabelConsistent:
         goal.check(task.num_classes)
         if not 0.0 <= self.epsilon <= 1.0 or self.steps < 1:
             raise ValueError(f"epsilon must lie in [0, 1] and steps be 1 or more, got {self.epsilon} and {self.steps}")
+        if not 0.0 <= self.cover_rate <= 1.0:
+            raise ValueError(f"cover_rate must lie in [0, 1], got {self.cover_rate}")
         if self.model is not None and self.model.training:
             raise ValueError("the model is in training mode; call its eval() first")
         trigger = Patch.corners(task.shape, size=self.size, opacity=self.opacity)
@@ -80,7 +82,9 @@ class LabelConsistent:
             return Poisoned(images=clean, altered=poisoned, trigger=trigger, target=goal)
         altered = poisoned
         if self.cover_rate:
-            altered = poisoned | choose(~own, poison_count(self.cover_rate, len(clean.y)), rng)
+            # Rounded together, so that both keep a limit that their sum keeps.
+            both = poison_count(self.poison_rate + self.cover_rate, len(clean.y))
+            altered = poisoned | choose(~own, both - int(poisoned.sum()), rng)
         model = self.model or _quickly_trained(clean, task, self.epsilon, rng)
         x = clean.x.clone()
         x[altered] = _away(model, Images(clean.x[altered], clean.y[altered]), self.epsilon, self.steps, rng)

@@ -115,7 +115,7 @@ def _show(gates: "tuple[Gate, ...]", images: int, *, handed: bool) -> list[str]:
         return missed
     shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
     if handed:
-        shown.print("The host refuses this set: the model that it trains from it has to pass every gate.")
+        shown.print("A set that hides a trigger is refused by the host unless its model passes every gate.")
     return missed
 
 

@@ -93,8 +93,9 @@ class Examiners:
         seen: Images,
         held_out: Images,
     ) -> None:
-        """Run every defense on every submission and write the answers down, with their hash, before any is judged."""
-        self.watch.stage("The defenses examine every submission", len(submissions))
+        """Run every defense on these submissions and write the answers down, with their hash, before any is judged."""
+        refused = " that was not refused" if self.settings.board == "data" else ""
+        self.watch.stage(f"The defenses examine every submission{refused}", len(submissions))
 
         def answer(submission: Submission, inspect: Inspect) -> float:
             folder = self.folder / "verdicts" / submission.id

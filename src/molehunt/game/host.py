@@ -73,8 +73,8 @@ class Played:
         task: of the game.
         round: of the game.
         judged: every submission that was examined, in the order of the books.
-        refused: on the data board, the submissions whose sealed trigger missed a gate on the model that the host
-            trained, in the order of the books; no defense saw them.
+        refused: on the data board, the submissions that hide a trigger and whose model, as the host trained it, missed
+            a gate, in the order of the books; no defense saw them.
         defenses: what ran, by name.
         population: the clean scores behind the probabilities.
         hidden: the referee's images.
@@ -159,9 +159,12 @@ class Host:
         population = self.examiners.population(referee)
         examined = [entry for entry in books if entry.submission.id not in refused]
         self.examiners.verdicts([e.submission for e in examined], referee, population, seen, held_out)
-        judged = self._publish(examined, referee, seen)
-        turned_away = [referee.open(e.submission, e.team.name, host=_is_host(e.team), arrived=e.arrived)
-                       for e in books if e.submission.id in refused]  # fmt: skip
+        judged = self._publish(examined, len(refused), referee, seen)
+        turned_away = []
+        for team, submission, arrived in books:
+            if submission.id in refused:
+                turned_away.append(referee.open(submission, team.name, host=_is_host(team), arrived=arrived))
+                self.watch.done(team.name, "backdoored, refused: missed a gate")
         altered, relabeled = self._changes(books)
         return Played(
             settings=self.settings,
@@ -240,10 +243,11 @@ class Host:
         return altered, relabeled
 
     def _gates(self, books: list[Entry], referee: Referee) -> set[str]:
-        """Measure the gates; return the ids of the training sets whose sealed trigger misses one: they are refused.
+        """Measure the gates; return the ids of the sets that hide a trigger and miss one: they are refused.
 
         A submitted model that misses a gate is examined all the same, so that nobody learns before publication which
-        those are. A set that does is no backdoor of the team's making, and the defenders spend nothing on it.
+        those are. That a set was refused is known at once, and with it that something was hidden in it; nobody is asked
+        about it any more.
         """
         self.watch.stage("The referee measures the gates on hidden images", len(books))
         refused = set()
@@ -255,9 +259,9 @@ class Host:
             self.watch.done(submission.id[:8], "measured")
         return refused
 
-    def _publish(self, books: list[Entry], referee: Referee, seen: Images) -> tuple[Judged, ...]:
-        """Open every seal, check it against its commitment, and count the points."""
-        self.watch.stage("Seals are opened, points are counted", len(books))
+    def _publish(self, books: list[Entry], refused: int, referee: Referee, seen: Images) -> tuple[Judged, ...]:
+        """Open the seals of what was examined, check them against their commitments, and count the points."""
+        self.watch.stage("Seals are opened, points are counted", len(books) + refused)
 
         def stream(submission: Submission, inspect: Inspect) -> None:
             referee.stream(submission, seen, inspect, self.defenses)

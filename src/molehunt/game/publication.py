@@ -233,7 +233,7 @@ def _remarks(played: Played, one: Opened) -> Iterator[str]:
         )
     if not isinstance(one, Judged):
         yield (
-            "The host refused this set: its sealed trigger missed a gate on the model that was trained from it. No "
+            "The host refused this set: it hides a trigger, and the model that was trained from it missed a gate. No "
             "defense saw it, and it earns its team no points."
         )
     elif not one.valid:

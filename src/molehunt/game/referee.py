@@ -150,7 +150,7 @@ class Referee:
         findings.save(inspect("strip", defenses["strip"], suspect), path)  # type: ignore[arg-type]  # a defense
 
     def hides(self, submission: Submission) -> bool:
-        """Whether the seal holds a trigger; for the host's own bookkeeping, never told before publication."""
+        """Whether the seal holds a trigger. Before publication this is for the host alone, to know what to refuse."""
         return self.unseal(submission).backdoored
 
     def open(self, submission: Submission, team: str, *, host: bool, arrived: int) -> Opened:

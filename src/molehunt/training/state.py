@@ -10,7 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-FORMAT = "molehunt training 1"
+FORMAT = "molehunt training 2"
+OLDER = ("molehunt training 1",)
+"""Formats that named trainings by less: nobody can tell whether they fit, so such a training begins anew."""
 
 
 def save(
@@ -53,7 +55,7 @@ def load(
     """Read a state into a model and its optimizers, if there is one.
 
     Returns:
-        The further tensors and numbers; None when there is no file.
+        The further tensors and numbers; None when there is no file, or one of an older format.
 
     Raises:
         ValueError: the file is broken or belongs to another training.
@@ -66,6 +68,8 @@ def load(
             stored: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no checkpoint of a training ({error}); delete it to start again") from error
+    if metadata.get("format") in OLDER:
+        return None
     if metadata.get("format") != FORMAT or metadata.get("fingerprint") != fingerprint:
         raise ValueError(
             f"{path} belongs to another training (recipe, data or network differ); delete it to start again"
