@@ -6,16 +6,19 @@ import re
 import statistics
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from molehunt.attacks import ATTACKS
 from molehunt.confinement import Limits
+from molehunt.game.attacker import describe
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
 from molehunt.networks import NETWORKS, build, capture, features
@@ -101,8 +104,9 @@ def test_every_dependency_has_its_reason_and_no_reason_lacks_its_dependency() ->
 def table(page: str, title: str) -> list[list[str]]:
     """Rows of the first table after a heading, as cells without code marks."""
     text = (ROOT / page).read_text()
-    assert f"\n## {title}\n" in text, f"{page} has no heading {title!r}"
-    lines = text.split(f"\n## {title}\n", 1)[1].splitlines()
+    heading = re.search(rf"^###? {re.escape(title)}$", text, re.MULTILINE)
+    assert heading, f"{page} has no heading {title!r}"
+    lines = text[heading.end() :].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("|"))
     cells = []
     for line in lines[start + 2 :]:
@@ -271,6 +275,53 @@ def test_the_figures_of_the_bank_are_those_that_were_measured(task: str, heading
     assert f"of {whole[0]} planted models {whole[1]} pass" in text
 
 
+def attack_rows(name: str) -> list[dict[str, Any]]:
+    lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["attack"] == name]
+
+
+@pytest.mark.parametrize(
+    ("page", "title", "name", "value"),
+    [
+        ("badnets", "MNIST, all-to-all", "badnets (all-to-all)", lambda row: 1 - row["asr"]),
+        ("multi_trigger", "MNIST, a target each", "multi_trigger (a target each)", lambda row: min(row["further_asr"])),
+    ],
+)
+def test_the_figures_of_other_forms_are_those_that_were_measured(
+    page: str, title: str, name: str, value: Callable[[dict[str, Any]], float]
+) -> None:
+    values = [100 * value(row) for row in attack_rows(name)]
+    found = {row[0].split(":")[0]: row for row in table(f"docs/reference/attacks/{page}.md", "Figures")}[title]
+    assert found[2] == f"{statistics.median(values):.2f} %"
+    assert found[5] == f"{min(values):.2f} to {max(values):.2f} %, {len(values)} seeds"
+
+
+def test_what_a_network_learns_of_perturbed_pictures_is_what_was_measured() -> None:
+    measured: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in (ROOT / "benchmarks/results/label_consistent.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        told = round(255 * row["epsilon"])
+        epsilon = {0: "0", 26: "0.1"}.get(told, f"{told}/255") + ("*" if row["crafted"] == "0.1" else "")
+        rates = [f"{row['poison_rate']:g}", f"{row.get('cover_rate', 0):g}", f"{row.get('epochs', 3):g}"]
+        measured.setdefault((epsilon, *rates), []).append(row)
+    shown = {
+        tuple(row[:4]): row[4:]
+        for row in table("docs/reference/attacks/label_consistent.md", "What the network learns")
+    }
+    assert shown.keys() == measured.keys()
+    for key, rows in measured.items():
+        for cell, name in zip(shown[key], ("accuracy", "asr", "perturbed_to_target"), strict=True):
+            assert cell == ", ".join(f"{100 * row[name]:.1f}" for row in rows if name in row)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_page_of_an_attack_shows_ten_pictures_under_its_trigger(attack: str) -> None:
+    folder = ROOT / "docs/reference/attacks"
+    assert f"]({attack}.png)" in (folder / f"{attack}.md").read_text()
+    with Image.open(folder / f"{attack}.png") as picture:
+        assert picture.width > 9 * picture.height / 4, "ten pictures in a row, and the change below"
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> None:
     lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
@@ -306,6 +357,77 @@ def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> N
                 [100 * min(values), 100 * max(values)], abs=0.0051
             )
         assert (missed == "none") == all(r["passed"] for r in rows)
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_settings_tried_of_an_attack_are_those_that_were_measured(attack: str) -> None:
+    own = json.loads(json.dumps(describe(ATTACKS[attack]())))
+    del own["attack"]
+    # Rows from before an attack got a setting, or lost one, are of another attack; a later row replaces an earlier one.
+    last = {
+        json.dumps(row["settings"] | {"task": row["task"]}, sort_keys=True): row
+        for row in rows_of("attacks-develop")
+        if row["attack"] == attack and row["settings"].keys() == own.keys()
+    }
+    page = f"docs/reference/attacks/{attack}.md"
+    if "\n### Settings tried\n" not in (ROOT / page).read_text():
+        # These four tell in words what was tried.
+        assert not last or attack in {"badnets", "blended", "label_consistent", "multi_trigger"}
+        return
+    shown = set()
+    for told, task, *cells, missed in table(page, "Settings tried"):
+        changed = {k: json.loads(v) for k, v in re.findall(r"`?(\w+)` (.+?)(?=, `|$)", told)}
+        assert bool(changed) == (told != "defaults")
+        key = json.dumps(own | changed | {"task": task}, sort_keys=True)
+        assert key in last, f"{told} was not measured on {task}"
+        row = last[key]
+        shown.add(key)
+        assert missed == (", ".join(gate["name"] for gate in row["gates"] if not gate["passed"]) or "none")
+        values = [row.get(k) for k in ("accuracy", "twin", "asr", "cover_accuracy")][: len(cells)]
+        assert cells == ["" if value is None else f"{100 * value:.1f}" for value in values], told
+    assert shown == last.keys(), f"run: python benchmarks/tried.py {attack}"
+
+
+def in_percent(rows: list[dict[str, Any]], *names: str) -> list[str]:
+    """Medians of some fields, and the smallest and largest where there are several rows."""
+    cells = []
+    for name in names:
+        values = [100 * row[name] for row in rows]
+        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+        cells.append(f"{statistics.median(values):.1f}{spread}")
+    return cells
+
+
+@pytest.mark.parametrize("attack", ["adap_blend", "adap_patch", "tact"])
+def test_how_far_poisoned_rows_lie_apart_is_what_was_measured(attack: str) -> None:
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows_of("latent_separation"):
+        measured.setdefault((row["attack"], f"{100 * row['poison']:.0f} %"), []).append(row)
+    shown = table(f"docs/reference/attacks/{attack}.md", "Do poisoned rows lie apart")
+    assert {name for name, *_ in shown} == {attack, "badnets"}
+    for name, rate, models, *cells in shown:
+        rows = measured[name, rate]
+        assert int(models) == len(rows)
+        assert all(row["task"] == "mnist" for row in rows)
+        most = f"{100 * statistics.median(row['ceiling'] for row in rows):.1f}"
+        assert cells == [*in_percent(rows, "accuracy", "asr", "recall"), most, *in_percent(rows, "auc")], name
+
+
+@pytest.mark.parametrize("attack", ["bpp", "wanet"])
+def test_what_more_passes_give_is_what_was_measured(attack: str) -> None:
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of("attacks-longer"):
+        if row["attack"] == attack:
+            measured.setdefault(f"{row['passes']:g}", []).append(row)
+    shown = table(f"docs/reference/attacks/{attack}.md", "More passes")
+    assert [passes for passes, *_ in shown] == sorted(measured, key=float)
+    for passes, models, *cells in shown:
+        assert int(models) == len(measured[passes])
+        assert cells == in_percent(measured[passes], "accuracy", "asr", "cover_accuracy")
 
 
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"

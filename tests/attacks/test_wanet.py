@@ -36,6 +36,17 @@ def test_a_stronger_field_moves_farther_in_proportion() -> None:
     assert moves[1] == pytest.approx(2 * moves[0])
 
 
+@pytest.mark.parametrize("side", [28, 32])
+def test_pixels_move_as_far_as_docstring_and_page_say(side: int) -> None:
+    flows = [field((1, side, side), 4, 0.5, torch.Generator().manual_seed(seed)).flow for seed in range(1000)]
+    far = torch.stack([flow.square().sum(0).sqrt().max() for flow in flows])
+    mean = torch.stack([flow.abs().mean() for flow in flows]).mean()
+    low, middle, high = far.quantile(torch.tensor([0.0, 0.5, 1.0])).tolist()
+    assert [round(low, 2), round(middle, 2), round(high, 2)] == [0.47, 0.61, 0.89]
+    assert float((far > 0.7).float().mean()) == pytest.approx(0.1, abs=0.015)
+    assert float(mean) == pytest.approx(0.19, abs=0.005)
+
+
 def test_poisoned_rows_get_the_field_and_twice_as_many_get_noise_and_keep_their_labels() -> None:
     made = poison(WaNet(target=6))
     moved = made.images.y != CLEAN.y

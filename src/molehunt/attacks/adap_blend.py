@@ -14,8 +14,9 @@ from molehunt.triggers import Blend, Target
 class AdapBlend:
     """Mix a random half of the squares of a picture into some images, of which only a part gets the target's label.
 
-    Covers carry the same partial trigger and keep their labels, so that poisoned images do not lie apart from clean
-    ones in the features of the network. The whole picture, somewhat stronger, is then enough to wake the backdoor.
+    Covers carry the same partial trigger and keep their labels, which is meant to keep poisoned images from lying
+    apart from clean ones in the features of the network; on MNIST, at these rates, they lie apart all the same. The
+    whole picture, somewhat stronger, is then enough to wake the backdoor.
 
     Attributes:
         target: the target class.
