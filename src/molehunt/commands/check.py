@@ -92,7 +92,7 @@ def check(
             gates = (*gates, home.poison_budget(training, contents.task.load("train")))
         said = f"{manifest.team} · round {manifest.round} · {manifest.task} · {manifest.network}"
         consoles.result().print(legible(said, 300), soft_wrap=True)
-        missed = _show(gates, len(images.y), handed=judged is not None)
+        missed = _show(gates, len(images.y), refused=judged is not None and sealed.backdoored)
         if round_ is not None:
             from molehunt.commands.rehearsal import rehearse, show
 
@@ -103,7 +103,7 @@ def check(
     return MISSED if missed else PASSED
 
 
-def _show(gates: "tuple[Gate, ...]", images: int, *, handed: bool) -> list[str]:
+def _show(gates: "tuple[Gate, ...]", images: int, *, refused: bool) -> list[str]:
     """Print what the gates say, measured on so many images, and return the names of those that were missed."""
     shown = consoles.result()
     shown.print(_table(gates))
@@ -114,8 +114,8 @@ def _show(gates: "tuple[Gate, ...]", images: int, *, handed: bool) -> list[str]:
         shown.print(f"Every gate passed, on {images} public validation images.", style="bold green")
         return missed
     shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
-    if handed:
-        shown.print("A set that hides a trigger is refused by the host unless its model passes every gate.")
+    if refused:
+        shown.print("The host refuses this set: it hides a trigger, and the model that is trained from it missed a gate.")
     return missed
 
 
