@@ -115,7 +115,7 @@ def _show(gates: "tuple[Gate, ...]", images: int, *, refused: bool) -> list[str]
         return missed
     shown.print(f"Missed: {', '.join(missed)}.", style="bold red")
     if refused:
-        shown.print("The host refuses this set: it hides a trigger, and the model that is trained from it missed a gate.")
+        shown.print("The host refuses this set: it hides a trigger, and the model trained from it missed a gate.")
     return missed
 
 
