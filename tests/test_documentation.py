@@ -275,6 +275,23 @@ def test_the_figures_of_the_bank_are_those_that_were_measured(task: str, heading
     assert f"of {whole[0]} planted models {whole[1]} pass" in text
 
 
+def test_the_figures_of_pruning_detection_are_those_that_were_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/rounds_1_2.json").read_text())["figures"]
+    title = "pruning-based detection on mnist, badnets_cnn, "
+    figures = {key.removeprefix(title): value for key, value in measured.items() if key.startswith(title)}
+    rows = list(table("docs/reference/defenses/pruning_detection.md", "Figures"))
+    held, shuffled = figures["held-out AUC"], figures["AUC with shuffled labels"]
+    low, high = held["spread"]
+    assert rows[0][1:] == [f"{held['value']:.3f}", f"{low:.3f} to {high:.3f} (95 % of bootstrap draws)"]
+    spread, p = shuffled["spread"], figures["permutation p-value"]["value"]
+    told = f"{spread['min']:.3f} to {spread['max']:.3f} (99 shuffles); p = {p:.2f}"
+    assert rows[1][1:] == [f"{shuffled['value']:.3f}", told]
+    assert rows[2][1] == f"{figures['AUC without a regression, reset targeted l1']['value']:.3f}"
+    seconds = figures["seconds of one model, reset targeted l1"]
+    assert rows[3][1] == f"{seconds['value']:.2f}"
+    assert "50 clean, 49 planted" in held["note"]
+
+
 def attack_rows(name: str) -> list[dict[str, Any]]:
     lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["attack"] == name]
