@@ -122,4 +122,4 @@ def _parts(done: Rehearsed) -> str:
         "cleaning": (weights.cleaning, points.cleaning),
     }
     said = [f"{name} {value:.0%}" for name, (weight, value) in told.items() if weight and value is not None]
-    return "found of " + ", ".join(said) if said else "nothing else counts in this round"
+    return "the defenders get: " + ", ".join(said) if said else "nothing else counts in this round"
