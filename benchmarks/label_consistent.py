@@ -26,7 +26,7 @@ from molehunt.networks import Network, build, default_device
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import recipe_for, train
-from record import append, machine, todo
+from record import fill, machine
 
 NAME, NETWORK = "label_consistent", "narrow_cifar"
 CRAFTING = {"0.1": (2, 0.1), "8/255": (4, 8 / 255)}
@@ -104,10 +104,7 @@ def main() -> None:
     parser.add_argument("what", choices=["run"])
     parser.parse_args()
     torch.set_num_threads(1)
-    for cell in todo(NAME, CELLS):
-        row = run(cell)
-        append(NAME, row)
-        print({k: v for k, v in row.items() if k != "machine"}, flush=True)
+    fill(NAME, CELLS, run)
 
 
 if __name__ == "__main__":

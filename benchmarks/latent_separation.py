@@ -29,7 +29,7 @@ from molehunt.suspect import Suspect
 from molehunt.tasks import get_task
 from molehunt.testing import auc
 from molehunt.training import recipe_for
-from record import Figure, append, machine, rows, spread, todo, write
+from record import Figure, fill, machine, rows, spread, write
 
 NAME = "latent_separation"
 PORTION = 0.15
@@ -122,11 +122,7 @@ def main() -> None:
         return collect()
     network = get_task(arguments.task).network
     key = {"attack": arguments.attack, "rate": arguments.rate, "task": arguments.task, "network": network}
-    for wanted in todo(NAME, [{**key, "seed": arguments.seed}]):
-        row = one(wanted)
-        append(NAME, row)
-        print({k: v for k, v in row.items() if k not in {"machine", "settings"}}, flush=True)
-    return None
+    return fill(NAME, [{**key, "seed": arguments.seed}], one)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from molehunt.game.attacker import describe, make_attack, train_model
 from molehunt.runner import generator
 from molehunt.tasks import get_task
 from molehunt.training import recipe_for
-from record import Figure, append, machine, rows, spread, todo, write
+from record import Figure, fill, machine, rows, spread, write
 
 NAME = "attacks-longer"
 
@@ -88,11 +88,7 @@ def main() -> None:
         return collect()
     network = get_task(arguments.task).network
     key = {"attack": arguments.attack, "task": arguments.task, "network": network, "passes": arguments.passes}
-    for wanted in todo(NAME, [{**key, "seed": arguments.seed}]):
-        row = one(wanted)
-        append(NAME, row)
-        print({k: v for k, v in row.items() if k not in {"machine", "settings"}}, flush=True)
-    return None
+    return fill(NAME, [{**key, "seed": arguments.seed}], one)
 
 
 if __name__ == "__main__":

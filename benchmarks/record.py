@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +109,14 @@ def todo(name: str, keys: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for key in keys:
         if not any(all(row.get(k) == v for k, v in key.items()) for row in done):
             yield key
+
+
+def fill(name: str, keys: Iterable[dict[str, Any]], make: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Make the rows that no run has made yet, each from its key, and keep and print each at once."""
+    for key in todo(name, keys):
+        row = make(key)
+        append(name, row)
+        print({k: v for k, v in row.items() if k not in {"machine", "settings"}}, flush=True)
 
 
 def write(name: str, figures: dict[str, Figure]) -> Path:

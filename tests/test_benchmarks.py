@@ -38,6 +38,8 @@ def test_a_row_cut_off_by_a_kill_costs_nothing_but_itself(load: Load, tmp_path: 
     record.append("some", {"seed": 1, "value": 2})
     assert record.rows("some") == [{"seed": 0, "value": 1}, {"seed": 1, "value": 2}]
     assert list(record.todo("some", [{"seed": 1}, {"seed": 2}])) == [{"seed": 2}]
+    record.fill("some", [{"seed": 1}, {"seed": 2}], lambda key: {**key, "value": 3})
+    assert record.rows("some")[2:] == [{"seed": 2, "value": 3}], "the missing row alone"
 
 
 def test_a_figure_without_a_value_never_meets_its_goal_and_a_new_one_leaves_the_others(load: Load) -> None:
