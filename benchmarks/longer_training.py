@@ -1,6 +1,7 @@
-"""What an attack with covers gives when its victim is trained for more passes than the default recipe has.
+"""What an attack gives when its victim is trained for more passes than the default recipe has.
 
     python benchmarks/longer_training.py run --attack wanet --passes 10 --seed 0
+    python benchmarks/longer_training.py run --attack "badnets (one pixel)"         another form of it
     python benchmarks/longer_training.py collect            results/attacks-longer.json from the rows
 
 `run` trains the default network of MNIST by its recipe with another number of passes, measures on the validation split
@@ -10,12 +11,13 @@ once, before the first pass, and is the same for every number of passes.
 
 import argparse
 import os
+import shlex
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from attacks import cover_accuracy
+from attacks import VARIANTS, cover_accuracy
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import describe, make_attack, train_model
 from molehunt.runner import generator
@@ -24,12 +26,14 @@ from molehunt.training import recipe_for
 from record import Figure, fill, machine, rows, spread, write
 
 NAME = "attacks-longer"
+CHOICES = ("wanet", "bpp", "input_aware", "badnets (one pixel)", "badnets (random place)")
 
 
 def one(key: dict[str, Any]) -> dict[str, Any]:
     """Train one backdoored model and answer its row."""
     task = get_task(key["task"])
-    attack, images = make_attack(key["attack"], {}), task.load("validation")
+    name, chosen = VARIANTS.get(key["attack"], (key["attack"], {}))
+    attack, images = make_attack(name, chosen), task.load("validation")
     recipe = replace(recipe_for(key["network"], task), epochs=key["passes"], least_images=0)
     busy = os.getloadavg()[0]
     rng = generator(key["seed"], f"attack benchmark {key['attack']} {key['network']}")
@@ -59,6 +63,9 @@ def collect() -> None:
         found = [r for r in kept if (r["attack"], r["task"], r["passes"]) == (attack, task, passes)]
         cells = []
         for field in ("accuracy", "asr", "cover_accuracy"):
+            if found[0][field] is None:  # it has no covers
+                cells.append("")
+                continue
             seen = spread([r[field] for r in found])
             low, middle, high = (f"{100 * seen[k]:.1f}" for k in ("min", "median", "max"))
             cells.append(middle if len(found) == 1 else f"{middle} ({low} to {high})")
@@ -69,7 +76,8 @@ def collect() -> None:
                 better="higher",
                 spread=seen,
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/longer_training.py run --attack {attack} --task {task} --passes {passes:g}",
+                command="python benchmarks/longer_training.py run "
+                f"--attack {shlex.quote(attack)} --task {task} --passes {passes:g}",
             )
         print(f"{attack} on {task}: | {passes:g} | {len(found)} | {' | '.join(cells)} |")
     write(NAME, figures)
@@ -79,7 +87,7 @@ def main() -> None:
     """Make one row, or collect them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "collect"])
-    parser.add_argument("--attack", choices=["wanet", "bpp", "input_aware"], default="wanet")
+    parser.add_argument("--attack", choices=CHOICES, default="wanet")
     parser.add_argument("--passes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--task", default="mnist")

@@ -1,9 +1,9 @@
 """What fine-pruning, and each half of it alone, leaves of a backdoor and of the accuracy.
 
-    python benchmarks/fine_pruning.py run --task mnist --attack badnets --seed 0
-    python benchmarks/fine_pruning.py run --task cifar10 --attack badnets --seed 0 --state FOLDER
-    python benchmarks/fine_pruning.py try --task cifar10 --network narrow_cifar --seed 100 --set lr=0.02
-    python benchmarks/fine_pruning.py collect               results/fine_pruning.json from the rows
+    python benchmarks/reproduce_fine_pruning.py run --task mnist --attack badnets --seed 0
+    python benchmarks/reproduce_fine_pruning.py run --task cifar10 --attack badnets --seed 0 --state FOLDER
+    python benchmarks/reproduce_fine_pruning.py try --task cifar10 --network narrow_cifar --seed 100 --set lr=0.02
+    python benchmarks/reproduce_fine_pruning.py collect               results/rounds_1_2.json from the rows
 
 `run` repairs the model that benchmarks/training.py makes of the same attack and seed (with its `--state` a training
 that is finished there is only read), with the defender's part of the test split and the defaults of the defense, and
@@ -107,7 +107,7 @@ def current() -> list[dict[str, Any]]:
 
 
 def collect() -> None:
-    """Write results/fine_pruning.json."""
+    """Write results/rounds_1_2.json."""
     kept, figures = current(), {}
     for task, network, attack in dict.fromkeys((r["task"], r["network"], r["attack"]) for r in kept):
         found = [r for r in kept if (r["task"], r["network"], r["attack"]) == (task, network, attack)]
@@ -115,16 +115,16 @@ def collect() -> None:
         made = {f"{version}, {what}": (listed, "share") for (version, what), listed in values.items()}
         made["seconds"] = ([r["seconds"] for r in found], "s")
         for what, (listed, unit) in made.items():
-            figures[f"{task}, {network}, {attack}, {what}"] = Figure(
+            figures[f"fine-pruning on {task}, {network}, {attack}, {what}"] = Figure(
                 value=spread(listed)["median"],
                 unit=unit,
                 goal=None,
                 better="higher" if what.endswith("accuracy") else "lower",
                 spread=spread(listed),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/fine_pruning.py run --task {task} --attack {attack}",
+                command=f"python benchmarks/reproduce_fine_pruning.py run --task {task} --attack {attack}",
             )
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

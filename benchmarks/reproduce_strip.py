@@ -1,8 +1,8 @@
 """How many stamped inputs STRIP lets through, at four shares of clean ones that it rejects.
 
-    python benchmarks/strip.py run --task mnist --attack badnets --seed 0
-    python benchmarks/strip.py run --task cifar10 --attack badnets --seed 0 --inputs 500 --state FOLDER
-    python benchmarks/strip.py collect                      results/strip.json from the rows
+    python benchmarks/reproduce_strip.py run --task mnist --attack badnets --seed 0
+    python benchmarks/reproduce_strip.py run --task cifar10 --attack badnets --seed 0 --inputs 500 --state FOLDER
+    python benchmarks/reproduce_strip.py collect                      results/rounds_1_2.json from the rows
 
 `run` trains the model that benchmarks/training.py makes of the same attack and seed (with its `--state` a training
 that is finished there is only read) and appends one row per setting of STRIP to results/strip.jsonl; a row that is
@@ -97,7 +97,7 @@ def run(task_name: str, attack: str, seed: int, inputs: int, state: Path | None)
 
 
 def collect() -> None:
-    """Write results/strip.json."""
+    """Write results/rounds_1_2.json."""
     kept, figures = rows(NAME), {}
     for task, attack, setting in dict.fromkeys((r["task"], r["attack"], r["setting"]) for r in kept):
         found = [r for r in kept if (r["task"], r["attack"], r["setting"]) == (task, attack, setting)]
@@ -106,29 +106,29 @@ def collect() -> None:
             made.append((f"FAR at {rejection:.1%} FRR", [r["rates"][place]["far"] for r in found], "lower"))
             made.append((f"FRR measured, {rejection:.1%} asked", [r["rates"][place]["frr"] for r in found], "lower"))
         for what, values, better in made:
-            figures[f"{task}, {attack}, {setting}, {what}"] = Figure(
+            figures[f"STRIP on {task}, {attack}, {setting}, {what}"] = Figure(
                 value=spread(values)["median"],
                 unit="share",
                 goal=None,
                 better=better,
                 spread=spread(values),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/strip.py run --task {task} --attack {attack}",
+                command=f"python benchmarks/reproduce_strip.py run --task {task} --attack {attack}",
             )
         other = [r["auc"] - s["auc"] for r in found for s in kept
                  if setting == "default" and s["setting"] == "notebook"
                  and all(r[k] == s[k] for k in ("task", "attack", "seed", "inputs"))]  # fmt: skip
         if other:
-            figures[f"{task}, {attack}, AUC with 16 overlays less AUC with 100"] = Figure(
+            figures[f"STRIP on {task}, {attack}, AUC with 16 overlays less AUC with 100"] = Figure(
                 value=spread(other)["median"],
                 unit="share",
                 goal=-0.005,
                 better="higher",
                 spread=spread(other),
                 seeds=[r["seed"] for r in found],
-                command=f"python benchmarks/strip.py run --task {task} --attack {attack}",
+                command=f"python benchmarks/reproduce_strip.py run --task {task} --attack {attack}",
             )
-    print(write(NAME, figures).read_text())
+    print(write("rounds_1_2", figures).read_text())
 
 
 def main() -> None:

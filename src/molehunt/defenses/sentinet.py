@@ -1,0 +1,311 @@
+"""SentiNet: what makes a network decide, cut out and pasted onto other pictures, must not take them all along."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molehunt.defenses._saliency import finest_map, grad_cam
+from molehunt.defenses._transplant import Boundary, transplant
+from molehunt.engine import Run
+from molehunt.findings import Candidate, Finding
+from molehunt.suspect import Access, Suspect
+from molehunt.triggers import Patch
+
+CROP = 0.75
+"""Side of the crops, as a share of the picture's, that propose classes beside the picture itself."""
+LEAST = 30
+"""Clean images beyond the overlays: fewer are no boundary and no threshold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentiNet:
+    """Cut out what a network looks at, paste it onto clean images, and compare with noise in the same place.
+
+    A region that sends nearly all images to its class (Fooled), while noise in its place leaves the network as sure
+    as it was (AvgConf), is small and powerful: a trigger. A region that covers the object fools many images too, but
+    then noise in its place leaves the network unsure. A parabola over the clean images' own regions separates them.
+
+    Score: in [-1, 1], higher is more suspicious. Of the stream it is the share of flagged inputs less the share of
+    clean images that would be; for each candidate trigger it is how far its residual, Fooled less the parabola, lies
+    above the threshold of clean images. The largest counts; an empty tuple of candidates, and no stream, is -1.
+
+    `input_scores` are residuals, about -1 to 1, higher is likelier to carry a trigger. `class_scores` split the score
+    by class: the class of flagged inputs, the candidate's target. Where inputs are flagged beyond the share that
+    clean ones would be, `trigger` is the region of the one with the largest residual, with its pixels.
+    `details` hold the parabola, the clean points, the map that was looked at, and one row per candidate.
+
+    Attributes:
+        overlays: N, clean images that regions are pasted onto.
+        fit: clean images whose regions the parabola is fitted to, at most.
+        calibration: further clean images whose residuals give the threshold, at most. Where there are fewer clean
+            images, two thirds of what the overlays leave go to the fit.
+        rejection: share of clean inputs that may be flagged, in (0, 0.5].
+        proposals: k, further classes whose regions are subtracted from that of the predicted one.
+        level: a region is where the saliency reaches this share of its maximum, in (0, 1).
+        side: rows and columns that the map needs; the deepest such map is looked at.
+        inert: what fills the regions for comparison, "noise" or "checker".
+        batch: pictures that go through the network at once.
+
+    Raises:
+        ValueError: a setting out of range; a stream of no images; too few clean images.
+
+    Reference:
+        Chou, Tramèr, Pellegrino, "SentiNet: Detecting Localized Universal Attacks Against Deep Learning Systems",
+        IEEE S&P Workshops 2020.
+
+    Departures from the paper:
+        Other classes are proposed by the network's answers to the picture and to five crops of it, not to the segments
+        of selective search. The threshold is the conformal quantile of the residuals of clean images that the parabola
+        was not fitted to, not an average distance, whose definition in the paper is ambiguous (it is reported). The
+        parabola keeps its value beyond the points that it was fitted on. Where no map of the network is fine enough,
+        the picture itself is the map. The use on recovered triggers, and the score of a model, are ours.
+    """
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (
+        frozenset({Access.CLEAN, Access.INPUTS}),
+        frozenset({Access.CLEAN, Access.CANDIDATES}),
+    )
+    overlays: int = 100
+    fit: int = 200
+    calibration: int = 100
+    rejection: float = 0.05
+    proposals: int = 2
+    level: float = 0.15
+    side: int = 7
+    inert: str = "noise"
+    batch: int = 1000
+
+    def __post_init__(self) -> None:
+        counts = {"overlays": self.overlays, "fit": self.fit, "calibration": self.calibration}
+        for name, value in {**counts, "side": self.side, "batch": self.batch}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.proposals < 0:
+            raise ValueError(f"proposals must be 0 or more, got {self.proposals}")
+        if not 0.0 < self.rejection <= 0.5:
+            raise ValueError(f"rejection must lie in (0, 0.5], got {self.rejection}")
+        if not 0.0 < self.level < 1.0:
+            raise ValueError(f"level must lie in (0, 1), got {self.level}")
+        if self.inert not in {"noise", "checker"}:
+            raise ValueError(f"inert must be 'noise' or 'checker', got {self.inert!r}")
+
+    @classmethod
+    def paper(cls) -> "SentiNet":
+        """Sizes of the paper: 400 clean images for the boundary; 200 more, which are ours, for the threshold."""
+        return cls(fit=400, calibration=200)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        """Judge the stream and every candidate trigger, whichever is granted; see the class."""
+        if suspect.clean is None or (suspect.inputs is None and suspect.candidates is None):
+            raise ValueError("SentiNet needs clean images, and a stream of inputs or candidate triggers")
+        if suspect.inputs is not None and len(suspect.inputs) == 0:
+            raise ValueError("the stream has no images; grant None where there is no stream")
+        pasted, fitted, held = self.split(len(suspect.clean.y), run.rng)
+        x, y = suspect.clean.x, suspect.clean.y
+        overlays = x[pasted.to(x.device)]
+        inert = self.filling(overlays, run.rng)
+        path, size = finest_map(suspect, self.side)
+        done, count = 0, len(fitted) + len(held) + (0 if suspect.inputs is None else len(suspect.inputs))
+
+        def look(images: Tensor) -> _Seen:
+            nonlocal done
+            parts = []
+            for part in torch.split(images, self.step):
+                run.check()
+                parts.append(self.seen(suspect, path, part, overlays, inert))
+                done += len(part)
+                run.report(done, count)
+            return _Seen(*(torch.cat(found) for found in zip(*parts, strict=True)))
+
+        points = look(x[fitted.to(x.device)])
+        boundary = Boundary.fit(points.confidence.flatten(), points.fooled.flatten())
+        calm = look(x[held.to(x.device)])
+        residuals = _residuals(boundary, calm).amax(1)
+        threshold, usual = conformal_threshold(residuals, self.rejection)
+        score, class_scores = -1.0, torch.full((suspect.classes,), -1.0)
+        details: dict[str, Any] = {
+            "map": path or "the picture",
+            "map_size": list(size),
+            "parabola": {name: getattr(boundary, name) for name in ("a", "b", "c", "low", "high")},
+            "clean_confidence": points.confidence.flatten(),
+            "clean_fooled": points.fooled.flatten(),
+            "threshold": threshold,
+            "distance": _mean_distance(boundary, points),
+        }
+        input_scores: Tensor | None = None
+        trigger: Patch | None = None
+        target: int | None = None
+        if suspect.inputs is not None:
+            stream = look(suspect.inputs)
+            each = _residuals(boundary, stream)
+            input_scores, which = each.max(1)
+            flagged = input_scores > threshold
+            score = max(score, float(flagged.double().mean()) - usual)
+            votes = torch.bincount(stream.classes[flagged], minlength=suspect.classes) / len(flagged)
+            often = torch.bincount(calm.classes[residuals > threshold], minlength=suspect.classes) / len(residuals)
+            class_scores = torch.maximum(class_scores, votes - often)
+            at = which.unsqueeze(1)
+            details["flagged"] = int(flagged.sum())
+            details["stream_confidence"] = stream.confidence.gather(1, at).squeeze(1)
+            details["stream_fooled"] = stream.fooled.gather(1, at).squeeze(1)
+            best = int((votes - often).argmax())
+            if float((votes - often)[best]) > self.rejection:
+                target = best
+                row = int(torch.where(flagged & (stream.classes == best), input_scores, -math.inf).argmax())
+                mask = stream.masks[row, which[row]].float().unsqueeze(0)
+                trigger = Patch(mask=mask, pattern=suspect.inputs[row].float().cpu())
+        if suspect.candidates is not None:
+            details["candidates"] = []
+            labels = y[pasted.to(y.device)]
+            for candidate in suspect.candidates:
+                run.check()
+                found = self.judge(candidate, suspect, overlays, labels, inert, boundary)
+                above = -1.0 if found is None else max(-1.0, min(1.0, found["residual"] - threshold))
+                details["candidates"].append(
+                    {"defense": candidate.defense, "target": candidate.target, "score": above, **(found or {})}
+                )
+                score = max(score, above)
+                class_scores[candidate.target] = max(float(class_scores[candidate.target]), above)
+        return Finding(
+            defense="sentinet",
+            score=score,
+            class_scores=class_scores,
+            trigger=trigger,
+            target=target,
+            input_scores=input_scores,
+            details=details,
+        )
+
+    @property
+    def step(self) -> int:
+        """Inputs that are looked at together: as many as make one batch of pasted pictures."""
+        return max(1, self.batch // (self.overlays * (1 + self.proposals)))
+
+    def split(self, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that are pasted onto, rows for the parabola, and rows for the threshold: disjoint.
+
+        Raises:
+            ValueError: too few images.
+        """
+        if count < self.overlays + LEAST:
+            raise ValueError(
+                f"{self.overlays} overlays need {self.overlays + LEAST} clean images or more, got {count}; "
+                "use fewer overlays"
+            )
+        order = torch.randperm(count, generator=rng)
+        rest = order[self.overlays :]
+        fit = min(self.fit, round(len(rest) * 2 / 3))
+        return order[: self.overlays], rest[:fit], rest[fit : fit + self.calibration]
+
+    def filling(self, overlays: Tensor, rng: torch.Generator) -> Tensor:
+        """What fills the regions, (N, C, H, W) in [0, 1]: one picture of noise per overlay, or a checkerboard."""
+        if self.inert == "checker":
+            rows, columns = (torch.arange(n, device=overlays.device) for n in overlays.shape[2:])
+            return ((rows.unsqueeze(1) + columns) % 2).to(overlays).expand_as(overlays)
+        return torch.rand(overlays.shape, generator=rng).to(overlays)
+
+    def seen(self, suspect: Suspect, path: str, x: Tensor, overlays: Tensor, inert: Tensor) -> "_Seen":
+        """Find the regions of one batch of pictures and transplant them."""
+        classes, others = self.proposed(suspect, x)
+        masks = self.regions(suspect, path, x, classes, others)
+        effect = transplant(suspect, x.to(suspect.device), masks, classes, overlays, inert, self.batch)
+        return _Seen(effect.fooled, effect.confidence, classes.cpu(), masks.cpu())
+
+    def proposed(self, suspect: Suspect, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The predicted class (B,) and the k most confident other ones (B, k), on the device.
+
+        A class is as confident as in the picture, or in whichever of five crops shows it best.
+        """
+        sure = [suspect.logits(view, self.batch).softmax(1) for view in (x, *_crops(x))]
+        classes = sure[0].argmax(1)
+        best = torch.stack(sure).amax(0).scatter(1, classes.unsqueeze(1), -1.0)
+        return classes, best.topk(min(self.proposals, suspect.classes - 1), 1).indices
+
+    def regions(self, suspect: Suspect, path: str, x: Tensor, classes: Tensor, others: Tensor) -> Tensor:
+        """Regions bool (B, 1 + k, H, W): of the predicted class, and that without those of the other classes.
+
+        Where nothing is left, the brightest part of the first one, from 85 % of its maximum, stands in. A picture in
+        which nothing speaks for its class has no region.
+        """
+        own = grad_cam(suspect, path, x, classes)
+        found = [own >= self.level]
+        for column in others.T:
+            left = found[0] & (grad_cam(suspect, path, x, column) < self.level)
+            found.append(torch.where(left.flatten(1).any(1).view(-1, 1, 1), left, own >= 0.85))
+        return torch.stack(found, 1)
+
+    def judge(
+        self,
+        candidate: Candidate,
+        suspect: Suspect,
+        overlays: Tensor,
+        labels: Tensor,
+        inert: Tensor,
+        boundary: Boundary,
+    ) -> dict[str, float] | None:
+        """Transplant a candidate trigger, its region being where it changes most; None if no overlay may be stamped."""
+        rows = labels != candidate.target
+        if not bool(rows.any()):
+            return None
+        plain, quiet = overlays[rows], inert[rows]
+        stamped = candidate.trigger(plain)
+        change = (stamped - plain).abs().amax(1).mean(0)
+        mask = change >= self.level * change.max() if float(change.max()) > 0 else torch.zeros_like(change).bool()
+        target = torch.tensor([candidate.target], device=suspect.device)
+        effect = transplant(suspect, stamped.unsqueeze(0), mask[None, None], target, plain, quiet, self.batch)
+        fooled, confidence = float(effect.fooled), float(effect.confidence)
+        return {
+            "fooled": fooled,
+            "confidence": confidence,
+            "residual": fooled - float(boundary.height(torch.tensor([confidence]))),
+            "area": float(mask.double().mean()),
+        }
+
+
+class _Seen(NamedTuple):
+    """What transplanting the regions of some pictures gave: (B, 1 + k), (B, 1 + k), (B,) and (B, 1 + k, H, W)."""
+
+    fooled: Tensor
+    confidence: Tensor
+    classes: Tensor
+    masks: Tensor
+
+
+def conformal_threshold(residuals: Tensor, rejection: float) -> tuple[float, float]:
+    """The residual above which an input is flagged, and the share of clean inputs that will be.
+
+    With n clean residuals it is the k-th largest, k = floor(rejection (n + 1)), but at least the largest; a fresh
+    clean input exceeds it with a chance of at most k / (n + 1).
+    """
+    count = len(residuals)
+    k = max(1, math.floor(rejection * (count + 1)))
+    return float(residuals.sort(descending=True).values[k - 1]), k / (count + 1)
+
+
+def _residuals(boundary: Boundary, seen: _Seen) -> Tensor:
+    """Fooled less the parabola, (B, 1 + k)."""
+    return seen.fooled - boundary.height(seen.confidence)
+
+
+def _mean_distance(boundary: Boundary, seen: _Seen) -> float:
+    """The paper's d, read as its text has it: the mean distance of the clean points above the parabola; 0 of none."""
+    confidence, fooled = seen.confidence.flatten(), seen.fooled.flatten()
+    above = fooled > boundary.height(confidence)
+    pairs = zip(confidence[above].tolist(), fooled[above].tolist(), strict=True)
+    found = [boundary.distance(t, y) for t, y in pairs]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _crops(x: Tensor) -> Iterator[Tensor]:
+    """Five crops of pictures (B, C, H, W), the corners and the middle, enlarged to the whole size."""
+    height, width = x.shape[2:]
+    tall, wide = math.ceil(CROP * height), math.ceil(CROP * width)
+    down, right = height - tall, width - wide
+    for top, left in ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)):
+        part = x[:, :, top : top + tall, left : left + wide]
+        yield F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)

@@ -1,0 +1,295 @@
+"""SentiNet against what its paper says, and against the mistakes of public ports."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from molehunt.defenses._saliency import PIXELS, finest_map, grad_cam
+from molehunt.defenses._transplant import Boundary, transplant
+from molehunt.defenses.sentinet import SentiNet, conformal_threshold
+from molehunt.engine import Run
+from molehunt.findings import Candidate
+from molehunt.networks import build
+from molehunt.suspect import Access, Suspect
+from molehunt.tasks import Images, get_task
+from molehunt.testing import auc, planted
+from molehunt.triggers import Additive, Patch
+
+STREAM = (Access.CLEAN, Access.INPUTS)
+CANDIDATES = (Access.CLEAN, Access.CANDIDATES)
+SHAPE = (3, 12, 12)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, *SHAPE, generator=rng(seed))
+
+
+def suspect_of(model: nn.Module, **evidence: Any) -> Suspect:
+    return Suspect.of(model, planted().suspect.task, dtype=torch.float32, **evidence)
+
+
+class Pooled(nn.Module):
+    """Two maps of one convolution each, averaged and read by a fixed head; the second map is coarser."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(3, 6, 3, padding=1)
+        self.coarse = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.head = nn.Linear(8, 10)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=rng(number)) * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.coarse(self.fine(x).relu()).mean((2, 3)))
+        return out
+
+
+def whole_and_nothing() -> Tensor:
+    """Regions (1, 2, H, W): the whole picture, and nothing of it."""
+    return torch.stack([torch.ones(SHAPE[1:]), torch.zeros(SHAPE[1:])]).bool().unsqueeze(0)
+
+
+def test_the_whole_picture_takes_its_class_along_and_nothing_takes_none() -> None:
+    suspect, overlays = suspect_of(Pooled()), pictures(40, 1)
+    source = pictures(1, 2)
+    said = suspect.logits(source).argmax(1)
+    effect = transplant(suspect, source, whole_and_nothing(), said, overlays, pictures(40, 3), batch=64)
+    usual = suspect.logits(overlays)
+    assert float(effect.fooled[0, 0]) == 1.0
+    assert float(effect.fooled[0, 1]) == float((usual.argmax(1) == said).double().mean())
+    assert float(effect.confidence[0, 1]) == pytest.approx(float(usual.softmax(1).amax(1).double().mean()), abs=1e-7)
+
+
+def test_noise_goes_inside_the_region_and_the_clean_picture_stays_outside() -> None:
+    # The most-used port has it the other way round.
+    seen = []
+
+    class Spy(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    suspect = suspect_of(Spy())
+    overlays, inert, source = pictures(5, 1), pictures(5, 2), pictures(1, 3)
+    mask = torch.zeros(1, 1, *SHAPE[1:], dtype=torch.bool)
+    mask[..., 2:5, 3:7] = True
+    seen.clear()
+    transplant(suspect, source, mask, torch.tensor([0]), overlays, inert, batch=64)
+    pasted, quiet = seen
+    inside = mask[0, 0].expand(SHAPE)
+    for index in range(5):
+        assert torch.equal(pasted[index][inside], source[0][inside])
+        assert torch.equal(quiet[index][inside], inert[index][inside])
+        assert torch.equal(pasted[index][~inside], overlays[index][~inside])
+        assert torch.equal(quiet[index][~inside], overlays[index][~inside])
+
+
+def test_saliency_of_a_linear_read_of_averages_is_what_the_formula_says() -> None:
+    model, x = Pooled(), pictures(6)
+    suspect = suspect_of(model)
+    classes = torch.tensor([0, 1, 2, 3, 4, 5])
+    found = grad_cam(suspect, "coarse", x, classes)
+    with torch.no_grad():
+        a = model.coarse(model.fine(x).relu())
+        expected = torch.einsum("nc,nchw->nhw", model.head.weight[classes], a).relu()
+        expected = nn.functional.interpolate(expected.unsqueeze(1), size=SHAPE[1:], mode="bilinear").squeeze(1)
+        expected = expected / expected.flatten(1).amax(1).view(-1, 1, 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["coarse", "fine", PIXELS])
+def test_saliency_does_not_depend_on_the_others_in_the_batch(path: str) -> None:
+    suspect, x = suspect_of(Pooled()), pictures(7)
+    classes = torch.arange(7)
+    together = grad_cam(suspect, path, x, classes)
+    alone = torch.cat([grad_cam(suspect, path, x[i : i + 1], classes[i : i + 1]) for i in range(7)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert float(together.min()) >= 0
+    assert float(together.max()) == 1.0
+
+
+def test_saliency_is_nothing_where_nothing_speaks_for_the_class() -> None:
+    model = Pooled()
+    with torch.no_grad():
+        model.head.weight[4].zero_()
+    for path in ("coarse", PIXELS):
+        assert not bool(grad_cam(suspect_of(model), path, pictures(2), torch.tensor([4, 4])).any())
+
+
+def test_the_map_is_the_deepest_that_is_fine_enough() -> None:
+    suspect = suspect_of(Pooled())
+    assert finest_map(suspect, 6) == ("coarse", (6, 6))
+    assert finest_map(suspect, 7) == ("fine", (12, 12))
+    assert finest_map(suspect, 13) == (PIXELS, (12, 12))
+    task = get_task("cifar10")
+    narrow = Suspect.of(build("narrow_cifar", task.shape, 10, rng=rng()), task, dtype=torch.float32)
+    for side in (3, 7, 15):
+        path, size = finest_map(narrow, side)
+        assert min(size) >= side, path
+    assert finest_map(narrow, 3)[1] < finest_map(narrow, 7)[1] < finest_map(narrow, 15)[1]
+
+
+def test_points_of_a_parabola_give_it_back() -> None:
+    t = torch.linspace(0.1, 0.9, 50, dtype=torch.float64)
+    found = Boundary.fit(t, -1.5 * t**2 + 2.0 * t - 0.25)
+    assert (found.a, found.b, found.c) == pytest.approx((-1.5, 2.0, -0.25), abs=1e-6)
+
+
+def test_empty_bins_do_not_bend_the_parabola() -> None:
+    # A port puts them in as points of height 0.
+    t = torch.cat([torch.linspace(0.1, 0.2, 20), torch.linspace(0.8, 0.9, 20)]).double()
+    found = Boundary.fit(t, 0.5 + 0.0 * t)
+    assert found.height(torch.tensor([0.15, 0.5, 0.85])).tolist() == pytest.approx([0.5] * 3, abs=1e-6)
+
+
+def test_only_the_highest_points_of_a_bin_count() -> None:
+    t = torch.full((9,), 0.5)
+    fooled = torch.tensor([0.9, 0.7, *[0.1] * 7])
+    assert float(Boundary.fit(t, fooled).height(torch.tensor([0.5]))) == pytest.approx(0.8)
+
+
+def test_beyond_its_points_the_parabola_keeps_its_value() -> None:
+    found = Boundary(a=-4.0, b=4.0, c=0.0, low=0.4, high=0.9)
+    inside = found.height(torch.tensor([0.4, 0.9]))
+    assert torch.allclose(found.height(torch.tensor([0.0, 1.0])), inside, atol=1e-6)
+    with pytest.raises(ValueError, match="at least one point"):
+        Boundary.fit(torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_distance_is_that_of_a_dense_search(seed: int) -> None:
+    a, b, c, x, y = (torch.rand(5, generator=rng(seed)).double() * 4 - 2).tolist()
+    found = Boundary(a=a, b=b, c=c, low=0.0, high=1.0)
+    t = torch.linspace(-5, 5, 400_001, dtype=torch.float64)
+    searched = float(((t - x) ** 2 + (a * t**2 + b * t + c - y) ** 2).sqrt().min())
+    assert found.distance(x, y) == pytest.approx(searched, abs=1e-4)
+
+
+def test_a_fresh_clean_input_is_flagged_as_often_as_asked() -> None:
+    residuals = torch.arange(99).double()
+    assert conformal_threshold(residuals, 0.05) == (94.0, 0.05)
+    # Too few images for so small a share: nothing but the largest can be exceeded.
+    assert conformal_threshold(residuals[:10], 0.01) == (9.0, 1 / 11)
+    case = planted(backdoored=False, grants=STREAM, images=800, seed=5)
+    fresh = Suspect.of(
+        case.suspect.model, case.suspect.task, clean=case.suspect.clean, inputs=case.hidden.x, dtype=torch.float32
+    )
+    found = SentiNet(overlays=40, rejection=0.1)(fresh, Run(rng=rng()))
+    share = found.details["flagged"] / 800
+    assert share == pytest.approx(0.1, abs=3 * (0.1 * 0.9 * (1 / 800 + 1 / 100)) ** 0.5)
+
+
+def test_the_true_region_fools_every_picture_and_names_its_class() -> None:
+    case = planted(grants=CANDIDATES, target=7)
+    found = SentiNet(overlays=40)(case.suspect, Run(rng=rng()))
+    (row,) = found.details["candidates"]
+    assert row["fooled"] == 1.0
+    assert row["residual"] > 0
+    assert row["target"] == 7
+    assert row["area"] == pytest.approx(9 / 144)
+    assert found.class_scores is not None
+    assert int(found.class_scores.argmax()) == 7
+    assert found.score == row["score"] > 0
+
+
+def test_a_candidate_that_does_nothing_is_no_evidence() -> None:
+    case = planted(grants=CANDIDATES)
+    nothing = Candidate(trigger=Additive(torch.zeros(SHAPE)), target=3, defense="x")
+    still = copy.copy(case.suspect)
+    object.__setattr__(still, "candidates", (nothing,))
+    found = SentiNet(overlays=40)(still, Run(rng=rng()))
+    (row,) = found.details["candidates"]
+    assert row["area"] == 0.0
+    assert row["fooled"] == 0.0
+    assert found.score is not None
+    assert found.score < 0
+    object.__setattr__(still, "candidates", ())
+    assert SentiNet(overlays=40)(still, Run(rng=rng())).score == -1.0
+
+
+def test_a_stream_gives_the_region_back() -> None:
+    case = planted(grants=STREAM, target=5)
+    found = SentiNet(overlays=40)(case.suspect, Run(rng=rng()))
+    assert found.target == 5
+    assert isinstance(found.trigger, Patch)
+    planted_there, cut_out = case.trigger.mask.bool(), found.trigger.mask.bool()
+    assert int((planted_there & cut_out).sum()) >= 5
+    assert int(cut_out.sum()) <= 18
+    assert found.input_scores is not None
+    assert auc(found.input_scores, case.inputs) >= 0.95
+
+
+def test_nothing_but_the_pictures_decides() -> None:
+    # Ports paste the place of the true trigger and count against the true label: the stream's order and what else is in
+    # it must not matter, and there is no label to look at.
+    case = planted(grants=STREAM)
+    stream = case.suspect.inputs
+    assert stream is not None
+    some = Suspect.of(
+        case.suspect.model, case.suspect.task, clean=case.suspect.clean, inputs=stream[:9], dtype=torch.float32
+    )
+    defense = SentiNet(overlays=40, batch=500)
+    whole, part = (defense(one, Run(rng=rng())).input_scores for one in (case.suspect, some))
+    assert whole is not None
+    assert part is not None
+    assert torch.allclose(whole[:9], part, atol=1e-9)
+
+
+def test_other_classes_are_subtracted_and_a_region_is_never_empty() -> None:
+    case = planted(grants=STREAM)
+    suspect, defense = case.suspect, SentiNet(overlays=40)
+    assert suspect.inputs is not None
+    stamped = suspect.inputs[case.inputs][:20]
+    classes, others = defense.proposed(suspect, stamped)
+    assert bool((classes == 3).all())
+    assert not bool((others == classes.unsqueeze(1)).any())
+    masks = defense.regions(suspect, PIXELS, stamped, classes, others)
+    assert masks.shape == (20, 3, 12, 12)
+    assert not bool((masks[:, 1:] & ~masks[:, :1]).any())
+    assert bool(masks.flatten(2).any(2).all())
+
+
+def test_a_checkerboard_is_inert_too() -> None:
+    found = SentiNet(inert="checker").filling(pictures(3), rng())
+    assert found.shape == (3, *SHAPE)
+    assert set(found.flatten().tolist()) == {0.0, 1.0}
+    assert float(found[0, 0, 0, 0]) != float(found[0, 0, 0, 1]) != float(found[0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"overlays": 0}, "overlays must be at least 1, got 0"),
+        ({"side": 0}, "side must be at least 1, got 0"),
+        ({"rejection": 0.6}, "rejection must lie in"),
+        ({"level": 1.0}, "level must lie in"),
+        ({"proposals": -1}, "proposals must be 0 or more, got -1"),
+        ({"inert": "grey"}, "inert must be 'noise' or 'checker', got 'grey'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SentiNet(**changes)
+
+
+def test_too_few_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="100 overlays need 130 clean images or more, got 129; use fewer overlays"):
+        SentiNet().split(129, rng())
+    parts = SentiNet().split(160, rng())
+    assert [len(part) for part in parts] == [100, 40, 20]
+    assert len(set(torch.cat(parts).tolist())) == 160
+    empty = suspect_of(Pooled(), clean=Images(pictures(200), torch.zeros(200).long()), inputs=pictures(0))
+    with pytest.raises(ValueError, match="the stream has no images"):
+        SentiNet()(empty, Run(rng=rng()))
+
+
+def test_the_papers_sizes() -> None:
+    assert (SentiNet.paper().fit, SentiNet.paper().overlays) == (400, 100)
