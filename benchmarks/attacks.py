@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "badnets (four pixels)": ("badnets", {"form": "four pixels"}),
     "badnets (random place)": ("badnets", {"place": "random"}),
     "label_consistent (without covers)": ("label_consistent", {"cover_rate": 0.0, "epsilon": 0.1}),
+    "input_aware (a twentieth of the pixels)": ("input_aware", {"area": 0.05}),
     "multi_trigger (a target each)": ("multi_trigger", {"target": (0, 1, 2, 3)}),
 }
 """Other forms of an attack than the default one: the attack, and what is set."""

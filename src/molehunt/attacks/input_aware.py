@@ -46,7 +46,7 @@ class InputAware:
     target: int = 0
     poison_rate: float = 0.1
     cross_ratio: float = 2.0
-    area: float = 0.05
+    area: float = 0.032
     diversity: float = 1.0
     steps: int = 500
     trigger: Trigger | None = None
