@@ -83,8 +83,8 @@ def noncentral(edges: Array, dimension: int, apart: Array) -> Array:
     pairs = np.arange(max(0, int((half - spread).min())), int((half + spread).max()) + 2, dtype=np.float64)
     weights = np.exp(special.xlogy(pairs, half[:, None]) - half[:, None] - special.gammaln(pairs + 1.0))
     central = special.gammainc(dimension / 2.0 + pairs[:, None], edges / 2.0)
-    found: Array = np.clip(weights @ central, 0.0, 1.0)
-    return found
+    found: Array = weights @ central
+    return found.clip(0.0, 1.0)
 
 
 def _edges(apart: Array, dimension: int, neighbors: int, bins: int) -> Array:
@@ -101,7 +101,8 @@ def _edges(apart: Array, dimension: int, neighbors: int, bins: int) -> Array:
     share = special.gammainc(neighbors, noncentral(coarse, dimension, near).sum(0).clip(1e-300))
     share = np.maximum.accumulate(share) + np.arange(len(share)) * 1e-12  # strictly rising, for the interpolation
     wanted = np.linspace(share[0], share[-1], bins + 1)[1:-1]
-    return np.interp(wanted, share, coarse)
+    inner: Array = np.interp(wanted, share, coarse)
+    return inner
 
 
 def _reach(apart: Array, dimension: int, last: float) -> float:
