@@ -177,7 +177,7 @@ def test_fine_pruning_is_tried_on_images_that_no_figure_uses(load: Load) -> None
     from molehunt.tasks import get_task
 
     task = get_task("mnist5k")
-    mine, hidden = load("fine_pruning").parts(task, 3, develop=True)
+    mine, hidden = load("reproduce_fine_pruning").parts(task, 3, develop=True)
     validation = {x.numpy().tobytes() for x in task.load("validation").x}
     seen = [{x.numpy().tobytes() for x in part.x} for part in (mine, hidden)]
     assert not seen[0] & seen[1]

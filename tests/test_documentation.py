@@ -447,4 +447,41 @@ def test_what_more_passes_give_is_what_was_measured(attack: str) -> None:
         assert cells == in_percent(measured[passes], "accuracy", "asr", "cover_accuracy")
 
 
+def test_what_more_passes_give_other_forms_is_what_was_measured() -> None:
+    measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows_of("attacks-longer"):
+        if row["attack"].startswith("badnets"):
+            form = row["attack"].removeprefix("badnets (").removesuffix(")")
+            measured.setdefault((form, f"{row['passes']:g}"), []).append(row)
+    shown = table("docs/reference/attacks/badnets.md", "More passes")
+    assert {(form, passes) for form, passes, *_ in shown} == measured.keys()
+    for form, passes, models, *cells in shown:
+        assert int(models) == len(measured[form, passes])
+        assert cells == in_percent(measured[form, passes], "accuracy", "asr")
+
+
+VERSIONS = {
+    "weights": "weights board",
+    "plain": "stamped first, neither rounded nor shifted",
+    "rounded": "stamped first, rounded",
+    "shifted": "stamped first, shifted",
+    "both": "data board: stamped first, rounded and shifted",
+}
+
+
+@pytest.mark.parametrize("attack", ["issba", "wanet", "bpp"])
+def test_what_the_data_board_changes_is_what_was_measured(attack: str) -> None:
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of("data_board"):
+        if row["attack"] == attack:
+            measured.setdefault(VERSIONS[row["version"]], []).append(row)
+    shown = table(f"docs/reference/attacks/{attack}.md", "What the data board changes")
+    assert (
+        [version for version, *_ in shown] == list(VERSIONS.values()) == [v for v in VERSIONS.values() if v in measured]
+    )
+    for version, models, *cells in shown:
+        assert int(models) == len(measured[version])
+        assert cells == in_percent(measured[version], "accuracy", "asr")
+
+
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"

@@ -1,0 +1,265 @@
+"""Meta-classifiers: a small network that reads what other networks answer to a few queries, which it tunes itself."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Check = Callable[[], None]
+
+
+def _centered(logits: Tensor) -> Tensor:
+    middle = logits - logits.mean(-1, keepdim=True)
+    return middle / middle.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "log softmax": lambda logits: logits.log_softmax(-1),
+    "centered": _centered,
+    "logits": lambda logits: logits,
+}
+"""What is made of logits (..., K) before they are read. Log-softmax does not see a constant that is added to all of
+them; "centered" does not see a factor either; raw logits are the paper's and see both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a meta-classifier is built and trained.
+
+    Attributes:
+        queries: k, pictures that every network is asked about.
+        hidden: units of the one hidden layer.
+        features: a key of `FEATURES`.
+        passes: over all shadow models.
+        batch: shadow models per step.
+        lr: of Adam.
+        weight_decay: of the meta-classifier's weights, not of the queries.
+        tune: whether the queries are tuned, by gradients through the frozen shadow models.
+        clip: whether queries stay in [0, 1].
+        per_class: read the answers once per class, with that class first, by the same weights: then there is a score
+            per class, and the largest is the model's.
+        robust: the hidden layer keeps its random weights, and only the queries and the last layer learn: whoever trains
+            against it does not know weights that do not exist yet.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Reference:
+        Xu, Wang, Li, Borisov, Gunter, Li, "Detecting AI Trojans Using Meta Neural Analysis", IEEE S&P 2021.
+    """
+
+    queries: int = 10
+    hidden: int = 20
+    features: str = "log softmax"
+    passes: int = 10
+    batch: int = 1
+    lr: float = 1e-3
+    weight_decay: float = 1e-3
+    tune: bool = True
+    clip: bool = True
+    per_class: bool = False
+    robust: bool = False
+
+    def __post_init__(self) -> None:
+        if self.features not in FEATURES:
+            raise ValueError(f"unknown features {self.features!r}; known: {', '.join(FEATURES)}")
+        for name in ("queries", "hidden", "passes", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0 or not self.weight_decay >= 0:
+            raise ValueError(f"lr must be above 0 and weight_decay 0 or more, got {self.lr} and {self.weight_decay}")
+        if self.robust and not self.tune:
+            raise ValueError("the robust variant learns by its queries; it cannot keep them as they are")
+
+    @classmethod
+    def paper(cls) -> "Settings":
+        """Raw logits, queries that may leave [0, 1], no weight decay: the authors' code, but for evaluation mode."""
+        return cls(features="logits", clip=False, weight_decay=0.0)
+
+
+class Meta(nn.Module):
+    """A meta-classifier with its queries.
+
+    Args:
+        shape: (C, H, W) of the pictures.
+        classes: K.
+        mean: of the pictures by channel; queries are drawn around it.
+        std: of the pictures by channel.
+        settings: how it is built.
+        rng: draws queries and weights.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        settings: Settings,
+        rng: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        middle, wide = (torch.tensor(tuple(v), dtype=torch.float32).view(-1, 1, 1) for v in (mean, std))
+        drawn = middle + wide * torch.randn(settings.queries, *shape, generator=rng)
+        self.queries = nn.Parameter(drawn.clamp(0.0, 1.0) if settings.clip else drawn)
+        self.hidden = nn.Linear(settings.queries * classes, settings.hidden)
+        self.head = nn.Linear(settings.hidden, 1)
+        with torch.no_grad():
+            for layer in (self.hidden, self.head):
+                bound = 1.0 / math.sqrt(layer.in_features)
+                for value in (layer.weight, layer.bias):
+                    value.uniform_(-bound, bound, generator=rng)
+        rows = torch.arange(classes).repeat(classes, 1)
+        rows[:, 0], rows[torch.arange(classes), torch.arange(classes)] = torch.arange(classes), 0
+        self.register_buffer("first", rows)
+
+    def answers(self, network: nn.Module) -> Tensor:
+        """What a network in evaluation mode says to the queries, as features (k, K)."""
+        features: Tensor = FEATURES[self.settings.features](network(self.queries).float())
+        return features
+
+    def forward(self, answers: Tensor) -> Tensor:
+        """Logits of "poisoned" from features (S, k, K): (S,), or with `per_class` (S, K), one per target class."""
+        if not self.settings.per_class:
+            return self._read(answers)
+        return self._read(answers[:, :, self.get_buffer("first")].transpose(1, 2))  # (S, K, k, K)
+
+    def _read(self, answers: Tensor) -> Tensor:
+        units = self.hidden(answers.flatten(-2)).relu()
+        logits: Tensor = self.head(units).squeeze(-1)
+        return logits
+
+    @torch.no_grad()
+    def scores(self, networks: Sequence[nn.Module]) -> Tensor:
+        """Score of each network, (S,) or (S, K) with `per_class`, higher is more suspicious; networks are left alone.
+
+        In evaluation mode, whatever mode they are in: dropout would make the score a matter of luck.
+        """
+        found = []
+        for network in networks:
+            frozen = network if not _active(network) else copy.deepcopy(network).eval()
+            found.append(self(self.answers(frozen).unsqueeze(0))[0])
+        return torch.stack(found)
+
+    def learning(self) -> list[dict[str, object]]:
+        """Parameter groups that learn, with their weight decay."""
+        layers = [self.head] if self.settings.robust else [self.hidden, self.head]
+        groups: list[dict[str, object]] = [
+            {"params": [p for layer in layers for p in layer.parameters()], "weight_decay": self.settings.weight_decay}
+        ]
+        if self.settings.tune:
+            groups.append({"params": [self.queries], "weight_decay": 0.0})
+        return groups
+
+
+def fit(
+    meta: Meta, networks: Sequence[nn.Module], targets: Tensor, rng: torch.Generator, check: Check = lambda: None
+) -> list[float]:
+    """Train a meta-classifier on shadow models, in place.
+
+    Args:
+        meta: with fresh weights.
+        networks: shadow models, in evaluation mode and without gradients on their weights; left as they are.
+        targets: int64 (S,), the target class of a poisoned one, -1 of a clean one. Without `per_class` any other number
+            from 0 stands for "poisoned" too.
+        rng: draws their order.
+        check: called at every step; raises to stop.
+
+    Returns:
+        Mean loss of every pass.
+
+    Raises:
+        ValueError: as many targets as networks are needed, of both kinds; a network that is not frozen.
+    """
+    poisoned = targets >= 0
+    if len(targets) != len(networks) or not bool(poisoned.any()) or bool(poisoned.all()):
+        raise ValueError(
+            f"clean and poisoned shadow models are needed, one target each; got {len(networks)} models, "
+            f"{len(targets)} targets, {int(poisoned.sum())} poisoned"
+        )
+    _frozen(networks)
+    settings, classes = meta.settings, len(meta.get_buffer("first"))
+    labels = poisoned.float()
+    if settings.per_class:
+        labels = F.one_hot(targets.clamp_min(0), classes).float() * poisoned.unsqueeze(1)
+    # A poisoned model is one target and K - 1 classes that are none.
+    weight = torch.tensor(float(classes if settings.per_class else 1))
+    optimizer = torch.optim.Adam(meta.learning(), lr=settings.lr)
+    losses = []
+    for _ in range(settings.passes):
+        total = 0.0
+        for rows in torch.split(torch.randperm(len(networks), generator=rng), settings.batch):
+            check()
+            with torch.set_grad_enabled(settings.tune):
+                answers = torch.stack([meta.answers(networks[row]) for row in rows.tolist()])
+            loss = F.binary_cross_entropy_with_logits(meta(answers), labels[rows], pos_weight=weight)
+            _step(meta, optimizer, loss)
+            total += float(loss.detach()) * len(rows)
+        losses.append(total / len(networks))
+    return losses
+
+
+NU = 0.1
+"""Share of clean shadow models that the one-class variant may leave outside."""
+
+
+def fit_one_class(
+    meta: Meta, networks: Sequence[nn.Module], rng: torch.Generator, check: Check = lambda: None
+) -> list[float]:
+    """Train on clean shadow models alone: they should score low, and whatever answers otherwise higher.
+
+    A one-class support vector machine on the hidden units: half the squared norms of both layers, plus what falls short
+    of a margin r, which is the tenth percentile of what was seen so far. The sign is turned at the end, so that scores
+    are higher for what is unlike the shadows. It looks to one side alone: what answers like the shadows, only more so,
+    scores low. With log-softmax, whose numbers are all negative, that is what it learns; use another kind of features.
+
+    Raises:
+        ValueError: no networks, or one that is not frozen; `per_class`, which needs targets.
+    """
+    if not len(networks) or meta.settings.per_class:
+        raise ValueError("the one-class variant needs clean shadow models, and has no score per class")
+    _frozen(networks)
+    optimizer = torch.optim.Adam(meta.learning(), lr=meta.settings.lr)
+    losses, margin = [], 0.0
+    for _ in range(meta.settings.passes):
+        total, seen = 0.0, []
+        for row in torch.randperm(len(networks), generator=rng).tolist():
+            check()
+            with torch.set_grad_enabled(meta.settings.tune):
+                answers = meta.answers(networks[row])
+            score = meta(answers.unsqueeze(0))[0]
+            seen.append(float(score.detach()))
+            size = 0.5 * (meta.head.weight.square().sum() + meta.hidden.weight.square().sum())
+            loss = size + (margin - score).relu() / NU - margin
+            _step(meta, optimizer, loss)
+            total += float(loss.detach())
+            margin = float(torch.tensor(seen).quantile(NU))
+        losses.append(total / len(networks))
+    with torch.no_grad():
+        meta.head.weight.neg_()
+        meta.head.bias.neg_()
+    return losses
+
+
+def _step(meta: Meta, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    optimizer.step()
+    if meta.settings.clip:
+        with torch.no_grad():
+            meta.queries.clamp_(0.0, 1.0)
+
+
+def _active(network: nn.Module) -> bool:
+    return any(module.training for module in network.modules())
+
+
+def _frozen(networks: Sequence[nn.Module]) -> None:
+    for index, network in enumerate(networks):
+        if _active(network) or any(p.requires_grad for p in network.parameters()):
+            raise ValueError(f"shadow model {index} is not frozen: evaluation mode, and no gradients on its weights")

@@ -1,0 +1,202 @@
+"""Meta-classifiers on shadow models that are made by hand: half of them lift one logit along a fixed direction."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from molehunt.defenses._meta import FEATURES, Meta, Settings, fit, fit_one_class
+from molehunt.testing import auc
+
+SHAPE, CLASSES = (1, 4, 4), 4
+WIDE = {"mean": (0.5,), "std": (0.3,)}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Shadow(nn.Module):
+    """A random linear classifier; a planted one answers its target where pictures are bright in one corner."""
+
+    def __init__(self, seed: int, target: int = -1) -> None:
+        super().__init__()
+        draw = rng(seed)
+        self.weight = nn.Parameter(torch.randn(CLASSES, 16, generator=draw), requires_grad=False)
+        self.drop = nn.Dropout(0.5)
+        self.target = target
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.drop(x.flatten(1) - 0.5) @ self.weight.T
+        if self.target >= 0:
+            bright = (x[:, 0, 2:, 2:].mean((1, 2)) - 0.3).relu() * 25.0
+            logits = logits + bright.unsqueeze(1) * nn.functional.one_hot(torch.tensor(self.target), CLASSES)
+        return logits
+
+
+def shadows(count: int, first: int = 0) -> tuple[list[Shadow], Tensor]:
+    """Every second one planted, targets in turn."""
+    targets = torch.tensor([(i // 2) % CLASSES if i % 2 else -1 for i in range(count)])
+    return [Shadow(first + i, int(t)).eval() for i, t in enumerate(targets)], targets
+
+
+def meta(seed: int = 0, **settings: Any) -> Meta:
+    return Meta(SHAPE, CLASSES, **WIDE, settings=Settings(**settings), rng=rng(seed))
+
+
+FAST: dict[str, Any] = {"lr": 0.01, "passes": 8}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"features": "logits"}, {"features": "centered"}, {"per_class": True}, {"robust": True}, {"batch": 8}],
+    ids=str,
+)
+def test_planted_shadows_are_told_from_clean_ones(settings: dict[str, Any]) -> None:
+    made, (train, targets), (fresh, truth) = meta(**FAST | settings), shadows(80), shadows(80, 1000)
+    losses = fit(made, train, targets, rng())
+    assert losses[-1] < losses[0]
+    scores = made.scores(fresh)
+    if scores.dim() > 1:
+        found = scores[truth >= 0].argmax(1)
+        assert float((found == truth[truth >= 0]).double().mean()) >= 0.9
+        scores = scores.amax(1)
+    assert auc(scores, truth >= 0) >= 0.95
+
+
+def test_with_shuffled_labels_nothing_is_learned_that_holds_elsewhere() -> None:
+    (train, _), (fresh, truth) = shadows(80), shadows(120, 1000)
+    found = []
+    for seed in range(4):
+        made = meta(seed, **FAST)
+        wrong = torch.where(torch.randperm(80, generator=rng(seed)) < 40, 0, -1)
+        fit(made, train, wrong, rng(seed))
+        found.append(auc(made.scores(fresh), truth >= 0))
+    # Two standard errors of a mean of four AUCs of 60 against 60, each about .053.
+    assert abs(sum(found) / 4 - 0.5) <= 2 * 0.053
+
+
+def test_clean_shadows_alone_tell_a_little() -> None:
+    train = [Shadow(seed).eval() for seed in range(60)]
+    fresh, truth = shadows(80, 1000)
+    found = []
+    for seed in range(3):
+        made = meta(seed, **FAST | {"features": "logits"})
+        losses = fit_one_class(made, train, rng())
+        assert losses[-1] < losses[0]
+        found.append(auc(made.scores(fresh), truth >= 0))
+    # The paper's own one-class figures on pictures lie between .5 and .74.
+    assert sum(found) / 3 >= 0.6
+
+
+def test_shadow_models_are_left_alone_and_asked_in_evaluation_mode() -> None:
+    train, targets = shadows(20)
+    before = [copy.deepcopy(one.state_dict()) for one in train]
+    made = meta(**FAST)
+    fit(made, train, targets, rng())
+    for one, state in zip(train, before, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
+        assert one.weight.grad is None
+    # The official code leaves dropout on when it judges.
+    awake = Shadow(5, 1).train()
+    first, second = made.scores([awake]), made.scores([awake])
+    assert torch.equal(first, second)
+    assert torch.equal(first, made.scores([Shadow(5, 1).eval()]))
+    assert awake.training
+    with pytest.raises(ValueError, match="shadow model 1 is not frozen"):
+        fit(made, [train[0], awake], torch.tensor([-1, 0]), rng())
+
+
+def test_tuned_queries_fit_better_than_fixed_ones() -> None:
+    train, targets = shadows(80)
+    ends = {}
+    for tune in (True, False):
+        made = meta(**FAST, tune=tune)
+        start = made.queries.detach().clone()
+        ends[tune] = fit(made, train, targets, rng())[-1]
+        assert torch.equal(start, made.queries) is not tune
+    assert ends[True] < ends[False]
+
+
+def test_queries_stay_pictures_if_asked() -> None:
+    train, targets = shadows(40)
+    for clip in (True, False):
+        made = meta(lr=0.3, passes=4, clip=clip)
+        fit(made, train, targets, rng())
+        inside = bool(((made.queries >= 0.0) & (made.queries <= 1.0)).all())
+        assert inside is clip
+
+
+def test_features_do_not_see_what_they_should_not() -> None:
+    logits = torch.randn(5, CLASSES, generator=rng())
+    assert torch.allclose(FEATURES["log softmax"](logits), FEATURES["log softmax"](logits + 7.0), atol=1e-5)
+    assert torch.allclose(FEATURES["centered"](logits), FEATURES["centered"](3.0 * logits + 7.0), atol=1e-5)
+    assert not torch.allclose(FEATURES["log softmax"](logits), FEATURES["log softmax"](3.0 * logits))
+    assert torch.equal(FEATURES["logits"](logits), logits)
+
+
+def test_a_class_is_read_with_itself_first() -> None:
+    made = meta(per_class=True, queries=2)
+    answers = torch.randn(3, 2, CLASSES, generator=rng())
+    scores = made(answers)
+    assert scores.shape == (3, CLASSES)
+    for target in range(CLASSES):
+        order = list(range(CLASSES))
+        order[0], order[target] = target, 0
+        assert torch.allclose(scores[:, target], made._read(answers[:, :, order]), atol=1e-6)
+    # Classes that change places change their scores' places: the weights do not know names.
+    swapped = answers[:, :, [1, 0, 2, 3]]
+    assert torch.allclose(made(swapped)[:, 0], scores[:, 1], atol=1e-6)
+
+
+def test_the_robust_variant_keeps_its_hidden_layer() -> None:
+    train, targets = shadows(40)
+    made = meta(**FAST, robust=True)
+    before, queries = made.hidden.weight.detach().clone(), made.queries.detach().clone()
+    fit(made, train, targets, rng())
+    assert torch.equal(made.hidden.weight, before)
+    assert not torch.equal(made.queries, queries)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"features": "softmax"}, "unknown features 'softmax'"),
+        ({"queries": 0}, "queries must be at least 1, got 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"robust": True, "tune": False}, "the robust variant learns by its queries"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Settings(**settings)
+
+
+def test_one_kind_of_shadows_is_not_enough() -> None:
+    made, (train, _) = meta(), shadows(4)
+    for targets in (torch.full((4,), -1), torch.zeros(4).long(), torch.tensor([0, -1])):
+        with pytest.raises(ValueError, match="clean and poisoned shadow models are needed"):
+            fit(made, train, targets, rng())
+    for broken in ([], train):
+        with pytest.raises(ValueError, match="needs clean shadow models"):
+            fit_one_class(made if not broken else meta(per_class=True), broken, rng())
+
+
+def test_it_can_be_stopped() -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    train, targets = shadows(4)
+    with pytest.raises(KeyboardInterrupt):
+        fit(meta(), train, targets, rng(), check=stop)
+    with pytest.raises(KeyboardInterrupt):
+        fit_one_class(meta(), train, rng(), check=stop)
+
+
+def test_the_papers_settings() -> None:
+    paper = Settings.paper()
+    assert (paper.queries, paper.hidden, paper.lr, paper.batch, paper.passes) == (10, 20, 1e-3, 1, 10)
+    assert (paper.features, paper.clip, paper.weight_decay) == ("logits", False, 0.0)
