@@ -22,7 +22,7 @@ PAGES = Path(__file__).parent.parent / "docs/reference/attacks"
 HEADING = "### Settings tried"
 NOTE = (
     "Validation split, one model of seed {seed} each; *clean*: a clean model. A row is made by "
-    "`python benchmarks/attacks.py try --attack {name} --task mnist --seed 0 --references 1`,\n"
+    "`python benchmarks/attacks.py try --attack {name} --task {task} --seed 0 --references 1`,\n"
     "with `--set NAME=VALUE` for each setting named, and lies in `benchmarks/results/attacks-develop.jsonl`."
 )
 
@@ -58,7 +58,7 @@ def section(name: str, found: list[dict[str, Any]]) -> str:
     columns = ["settings", "task", "accuracy, %", "clean, %", "ASR, %", *(["covers, %"] if covers else [])]
     lines = [f"| {' | '.join([*columns, 'gates missed'])} |", f"|{'---|' * (len(columns) + 1)}"]
     lines += [line(row, covers=covers) for row in found]
-    note = NOTE.format(name=name, seed=found[0]["seed"])
+    note = NOTE.format(name=name, task=found[0]["task"], seed=found[0]["seed"])
     if covers:
         note += "\n*covers*: unseen images with what the covers carry that keep their class."
     return f"{HEADING}\n\n" + "\n".join(lines) + f"\n\n{note}\n"
