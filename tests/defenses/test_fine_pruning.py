@@ -464,7 +464,7 @@ def test_every_attempt_begins_with_the_weights_of_the_suspect() -> None:
     costly = FinePruning(lr=0.0, tolerance=0.0, attempts=2)  # cannot cost anything: one attempt, and nothing moves
     found = run(costly, case.suspect)
     assert len(found.details["rates"]) == 1
-    ruinous = FinePruning(lr=0.3, warmup=0.0, tolerance=0.02, steps=30)
+    ruinous = FinePruning(lr=2.0, warmup=0.0, tolerance=0.02, steps=30)
     rates = run(ruinous, case.suspect).details["rates"]
     assert len(rates) > 1, "the first rate was meant to ruin the model"
     # Had the second begun where the first ended, it would not have come back in 30 steps of a third.

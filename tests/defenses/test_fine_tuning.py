@@ -21,7 +21,6 @@ from molehunt.tasks import Images
 from molehunt.testing import DEFENSE_CHECKS, Trial, attack_success, planted, share_right
 from molehunt.training import Recipe, train
 from molehunt.training.batches import Batches
-from molehunt.training.optimizers import excess, make_optimizers
 
 from . import tiny
 from .tiny import moved
@@ -609,66 +608,3 @@ def test_on_a_trained_mnist_network() -> None:
         assert share_right(repaired, case.hidden) >= share_right(model, case.hidden) - 0.03
         after = attack_success(repaired, case.hidden, case.trigger, case.target)
         assert after <= attack_success(model, case.hidden, case.trigger, case.target) + 0.02
-
-
-# ------------------------------------------------------------------------------- weights of an unusual size
-
-
-def stretched(model: nn.Module, factor: float) -> nn.Module:
-    """The same function, its convolutions `factor` times as large: the norms behind them divide by as much."""
-    made = copy.deepcopy(model)
-    assert isinstance(made, Network)
-    with torch.no_grad():
-        for convolution, norm in ((made.trunk[0], made.trunk[1]), (made.trunk[3], made.trunk[4])):  # type: ignore[index]  # a Sequential
-            convolution.weight *= factor
-            norm.running_mean *= factor
-            norm.running_var *= factor**2
-    return made
-
-
-@pytest.mark.parametrize("factor", [1e3, 1e-2])
-def test_the_size_of_a_weight_does_not_switch_tuning_off(factor: float) -> None:
-    case = tiny.poisoned()
-    ways = []
-    for model in (case.model, stretched(case.model, factor)):
-        state = run(FineTuning(steps=60, batch=64, attempts=1), tiny.suspect(model, 200, seed=7))
-        before = dict(model.named_parameters())["trunk.3.weight"].detach()
-        ways.append(float((state["trunk.3.weight"] - before).norm() / before.norm()))
-    usual, other = ways
-    # A layer counts as usual within a factor of 2, so its steps may differ by the square of that. Before, it was 1e6.
-    assert usual / 5 < other < 5 * usual
-
-
-def test_a_usual_size_changes_nothing() -> None:
-    fresh = build("badnets_cnn", (1, 28, 28), 10, rng=torch.Generator().manual_seed(0))
-    assert set(excess(fresh).values()) == {1.0}
-    recipe = FineTuning().recipe()
-    (optimizer,) = make_optimizers(fresh, recipe)
-    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(0.01, 5e-4), (0.01, 0.0)]
-
-
-def test_rates_follow_the_size() -> None:
-    layer = nn.Linear(3, 4)
-    with torch.no_grad():
-        layer.weight.fill_(20.0)
-    # Fresh weights of three inputs have a mean square of 1/9: these are 60 times as large, 30 times beyond the usual.
-    assert excess(layer) == {layer.weight: pytest.approx(30.0), layer.bias: pytest.approx(30.0)}
-    finished = Recipe(lr=0.1, weight_decay=0.01, initialize=False)
-    (sgd,) = make_optimizers(layer, finished)
-    assert [(g["lr"], g["weight_decay"]) for g in sgd.param_groups] == [
-        (pytest.approx(90.0), pytest.approx(0.01 / 900)),
-        (pytest.approx(90.0), 0.0),
-    ]
-    (adamw,) = make_optimizers(layer, dataclasses.replace(finished, optimizer="adamw"))
-    assert [g["lr"] for g in adamw.param_groups] == [pytest.approx(3.0)] * 2
-    # Training from the start is as the recipe says.
-    (plain,) = make_optimizers(layer, dataclasses.replace(finished, initialize=True))
-    assert [g["lr"] for g in plain.param_groups] == [0.1, 0.1]
-
-
-def test_an_empty_or_endless_weight_has_no_size() -> None:
-    for value in (0.0, math.inf, math.nan):
-        layer = nn.Linear(3, 4)
-        with torch.no_grad():
-            layer.weight.fill_(value)
-        assert excess(layer) == {}

@@ -18,6 +18,8 @@ from molehunt.tasks import Images, get_task
 from molehunt.testing import auc, planted
 from molehunt.triggers import Additive, Patch
 
+from . import tiny
+
 STREAM = (Access.CLEAN, Access.INPUTS)
 CANDIDATES = (Access.CLEAN, Access.CANDIDATES)
 SHAPE = (3, 12, 12)
@@ -99,7 +101,9 @@ def test_saliency_of_a_linear_read_of_averages_is_what_the_formula_says() -> Non
     found = grad_cam(suspect, "coarse", x, classes)
     with torch.no_grad():
         a = model.coarse(model.fine(x).relu())
-        expected = torch.einsum("nc,nchw->nhw", model.head.weight[classes], a).relu()
+        # The logit less the mean of all: what a shift of all logits leaves as it is.
+        read = model.head.weight[classes] - model.head.weight.mean(0)
+        expected = torch.einsum("nc,nchw->nhw", read, a).relu()
         expected = nn.functional.interpolate(expected.unsqueeze(1), size=SHAPE[1:], mode="bilinear").squeeze(1)
         expected = expected / expected.flatten(1).amax(1).view(-1, 1, 1)
     assert torch.allclose(found, expected, atol=1e-5)
@@ -119,22 +123,52 @@ def test_saliency_does_not_depend_on_the_others_in_the_batch(path: str) -> None:
 def test_saliency_is_nothing_where_nothing_speaks_for_the_class() -> None:
     model = Pooled()
     with torch.no_grad():
-        model.head.weight[4].zero_()
+        model.head.weight.zero_()
     for path in ("coarse", PIXELS):
         assert not bool(grad_cam(suspect_of(model), path, pictures(2), torch.tensor([4, 4])).any())
 
 
 def test_the_map_is_the_deepest_that_is_fine_enough() -> None:
-    suspect = suspect_of(Pooled())
-    assert finest_map(suspect, 6) == ("coarse", (6, 6))
-    assert finest_map(suspect, 7) == ("fine", (12, 12))
-    assert finest_map(suspect, 13) == (PIXELS, (12, 12))
+    suspect, x = suspect_of(Pooled()), pictures(4)
+    assert finest_map(suspect, 6, x) == ("coarse", (6, 6))
+    assert finest_map(suspect, 7, x) == ("fine", (12, 12))
+    assert finest_map(suspect, 13, x) == (PIXELS, (12, 12))
     task = get_task("cifar10")
     narrow = Suspect.of(build("narrow_cifar", task.shape, 10, rng=rng()), task, dtype=torch.float32)
-    for side in (3, 7, 15):
-        path, size = finest_map(narrow, side)
-        assert min(size) >= side, path
-    assert finest_map(narrow, 3)[1] < finest_map(narrow, 7)[1] < finest_map(narrow, 15)[1]
+    x = torch.rand(4, *task.shape, generator=rng())
+    sizes = [finest_map(narrow, side, x)[1] for side in (3, 7, 15)]
+    assert all(min(size) >= side for size, side in zip(sizes, (3, 7, 15), strict=True))
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
+class Decoy(Pooled):
+    """Runs a convolution that leads nowhere, first and last, and its own second map twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused(x)
+        self.coarse(self.fine(x).relu() * 0.0)
+        h = self.coarse(self.fine(x).relu())
+        h += 0.0  # writes into what the module put out
+        out: Tensor = self.head(h.mean((2, 3)))
+        self.unused(x)
+        return out
+
+
+def test_maps_that_lead_nowhere_are_passed_over() -> None:
+    suspect, x = suspect_of(Decoy()), pictures(4)
+    assert finest_map(suspect, 6, x) == ("coarse", (6, 6))
+    assert finest_map(suspect, 7, x) == ("fine", (12, 12))
+    assert not bool(grad_cam(suspect, "unused", x, torch.zeros(4).long()).any())
+    # With equal weights it is the network without decoys.
+    plain = Pooled()
+    classes = torch.arange(4)
+    torch.testing.assert_close(
+        grad_cam(suspect, "coarse", x, classes), grad_cam(suspect_of(plain), "coarse", x, classes)
+    )
 
 
 def test_points_of_a_parabola_give_it_back() -> None:
@@ -159,6 +193,10 @@ def test_only_the_highest_points_of_a_bin_count() -> None:
 def test_beyond_its_points_the_parabola_keeps_its_value() -> None:
     found = Boundary(a=-4.0, b=4.0, c=0.0, low=0.4, high=0.9)
     inside = found.height(torch.tensor([0.4, 0.9]))
+    # Nor does it rise between its points above all of them, or fall below.
+    steep = Boundary.fit(torch.tensor([0.9199, 0.9201, 0.9602, 0.9603]), torch.tensor([0.1, 0.9, 0.2, 0.1]))
+    heights = steep.height(torch.linspace(0.0, 1.0, 101))
+    assert 0.1 - 1e-6 <= float(heights.min()) <= float(heights.max()) <= 0.9 + 1e-6
     assert torch.allclose(found.height(torch.tensor([0.0, 1.0])), inside, atol=1e-6)
     with pytest.raises(ValueError, match="at least one point"):
         Boundary.fit(torch.zeros(0), torch.zeros(0))
@@ -213,6 +251,121 @@ def test_a_candidate_that_does_nothing_is_no_evidence() -> None:
     assert found.score < 0
     object.__setattr__(still, "candidates", ())
     assert SentiNet(overlays=40)(still, Run(rng=rng())).score == -1.0
+
+
+# Lines of four directions, by their steps in rows and columns.
+STEPS = ((0, 1), (1, 0), (1, 1), (1, -1))
+
+
+class Lines(nn.Module):
+    """Says in which direction a line runs, by a map that it averages; a white 3x3 square turns it to class 2."""
+
+    def __init__(self, backdoored: bool, shift: float = 0.0, factor: float = 1.0) -> None:
+        super().__init__()
+        self.look = nn.Conv2d(1, 5, 3, padding=1)
+        self.coarse = nn.MaxPool2d(2)
+        self.head = nn.Linear(5, 4)
+        with torch.no_grad():
+            self.look.weight.fill_(-1 / 6)
+            for channel, (down, right) in enumerate(STEPS):
+                for step in (-1, 0, 1):
+                    self.look.weight[channel, 0, 1 + down * step, 1 + right * step] = 1 / 3
+            self.look.weight[4] = 1 / 9
+            self.look.bias = nn.Parameter(torch.tensor([-0.2] * 4 + [-0.8]))
+            weight = torch.cat([torch.eye(4) * 20.0, torch.zeros(4, 1)], 1)
+            weight[2, 4] = 2000.0 if backdoored else 0.0
+            self.head.weight.copy_((weight + shift * torch.randn(1, 5, generator=rng(1))) * factor)
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.coarse(self.look(x).relu()).mean((2, 3)))
+        return out
+
+
+WHITE = Patch.square((1, 16, 16), size=3, color="white", at=(12, 12))
+
+
+def lines(backdoored: bool, **changes: float) -> tuple[Suspect, Tensor]:
+    """A suspect with a stream of which a part is stamped, and which."""
+
+    def draw(count: int, seed: int) -> Images:
+        y = torch.arange(count) % 4
+        x = 0.1 * torch.rand(count, 1, 16, 16, generator=rng(seed))
+        places = torch.randint(3, 9, (count, 2), generator=rng(seed + 100)).tolist()
+        for row, (top, left) in enumerate(places):
+            down, right = STEPS[int(y[row])]
+            for step in range(-3, 4):
+                x[row, 0, top + down * step, left + right * step] += 0.6
+        return Images(x, y)
+
+    stream = draw(200, 2)
+    stamped = (torch.arange(200) % 8 < 2) & (stream.y != 2)
+    x = torch.where(stamped.view(-1, 1, 1, 1), WHITE(stream.x), stream.x)
+    model = Lines(backdoored, **changes)
+    task = tiny.task(shape=(1, 16, 16))
+    return Suspect.of(model, task, clean=draw(300, 1), inputs=x, dtype=torch.float32), stamped
+
+
+def test_a_region_is_found_on_a_map_of_the_network() -> None:
+    (suspect, stamped), (twin, _) = lines(True), lines(False)
+    defense = SentiNet(overlays=40, fit=100, calibration=60)
+    found, honest = (defense(one, Run(rng=rng())) for one in (suspect, twin))
+    assert found.details["map"] == "coarse"
+    assert found.details["map_size"] == [8, 8]
+    assert found.input_scores is not None
+    assert auc(found.input_scores, stamped) >= 0.95
+    assert found.target == 2
+    assert found.score is not None
+    assert honest.score is not None
+    assert found.score > honest.score + 0.1
+    assert honest.trigger is None
+
+
+@pytest.mark.parametrize("changes", [{"shift": 30.0}, {"factor": 1000.0}, {"factor": 0.001}], ids=str)
+def test_a_shift_or_a_factor_of_all_logits_changes_nothing(changes: dict[str, float]) -> None:
+    (plain, stamped), (other, _) = lines(True), lines(True, **changes)
+    defense = SentiNet(overlays=40, fit=100, calibration=60)
+    first, second = (defense(one, Run(rng=rng())) for one in (plain, other))
+    assert first.input_scores is not None
+    assert second.input_scores is not None
+    torch.testing.assert_close(first.input_scores, second.input_scores, atol=2e-2, rtol=0.0)
+    assert auc(second.input_scores, stamped) >= 0.95
+    assert second.target == 2
+
+
+def test_numbers_that_are_not_finite_are_no_evidence_and_no_failure() -> None:
+    class Bursting(Lines):
+        def forward(self, x: Tensor) -> Tensor:
+            # Only noise is as rough as that.
+            rough = ((x[..., 1:] - x[..., :-1]).abs() > 0.9).flatten(1).sum(1) > 1
+            return torch.where(rough.unsqueeze(1), torch.inf, super().forward(x))
+
+    (suspect, _) = lines(True)
+    broken = Suspect.of(Bursting(True), suspect.task, clean=suspect.clean, inputs=suspect.inputs, dtype=torch.float32)
+    found = SentiNet(overlays=40, fit=100, calibration=60)(broken, Run(rng=rng()))
+    assert found.score is not None
+    assert -1.0 <= found.score <= 1.0
+
+
+def test_of_two_classes_little_is_told_but_nothing_is_invented() -> None:
+    case = planted(backdoored=False, classes=2, target=1, grants=STREAM)
+    found = SentiNet(overlays=40)(case.suspect, Run(rng=rng()))
+    assert found.trigger is None
+    assert found.score is not None
+    assert found.score <= 0.05
+
+
+def test_a_soft_trigger_is_stamped_as_it_is() -> None:
+    # Light all over is what works; by the one pixel that changes most it would do nothing.
+    suspect, _ = lines(True)
+    delta = torch.full((1, 16, 16), 0.79)
+    delta[0, 0, 15] = 1.0
+    light = Candidate(trigger=Additive(delta), target=2, defense="x")
+    asked = Suspect.of(suspect.model, suspect.task, clean=suspect.clean, candidates=(light,), dtype=torch.float32)
+    found = SentiNet(overlays=40, level=0.9)(asked, Run(rng=rng()))
+    (row,) = found.details["candidates"]
+    assert row["area"] == pytest.approx(1 / 256)
+    assert row["fooled"] >= 0.9
 
 
 def test_a_stream_gives_the_region_back() -> None:

@@ -54,18 +54,19 @@ def gaussian_radius(low: float, high: float, sigma: float) -> float:
 
     Returns:
         sigma / 2 (quantile(p_A) - quantile(p_B)) of the normal distribution; 0, which certifies nothing, where
-        p_A <= p_B. Infinite where p_A is 1 or p_B is 0, which no finite number of votes gives.
+        p_A <= p_B.
 
     Raises:
-        ValueError: a probability outside [0, 1], or sigma not above 0.
+        ValueError: a probability outside [0, 1], one that is certain (p_A of 1 or p_B of 0, which would certify any
+            change and which no finite evidence gives), or sigma not above 0.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be above 0, got {sigma}")
-    for name, value in (("low", low), ("high", high)):
-        if not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name} is a probability in [0, 1], got {value}")
+    _check_bounds(low, high)
     if low <= high:
         return 0.0
+    if low == 1.0 or high == 0.0:
+        raise ValueError(f"nothing is certain: a lower bound is below 1 and an upper one above 0, got {low} and {high}")
     return sigma / 2.0 * float(special.ndtri(low) - special.ndtri(high))
 
 
@@ -95,10 +96,11 @@ def uniform_holds(low: float, high: float, changes: Tensor, width: float) -> boo
         1 - (p_A - p_B) / 2 < product over all values of (1 - |change| / width), negative factors counting as 0.
 
     Raises:
-        ValueError: the width is not above 0.
+        ValueError: a probability outside [0, 1], or a width not above 0.
     """
     if not width > 0:
         raise ValueError(f"the width of the noise must be above 0, got {width}")
+    _check_bounds(low, high)
     overlap = float((1.0 - changes.double().abs() / width).clamp_min(0.0).prod())
     return 1.0 - (low - high) / 2.0 < overlap
 
@@ -106,8 +108,9 @@ def uniform_holds(low: float, high: float, changes: Tensor, width: float) -> boo
 def partition_flips(counts: Tensor, winner: int | None = None) -> int:
     """How many training samples may be added, removed or relabeled without changing a partition vote.
 
-    Every sample lies in one part, chosen by its own content alone, and every part trained one model; so one sample
-    changes at most one vote, and a removed or relabeled one at most one. Ties go to the smaller class.
+    Every sample lies in one part, chosen by its pixels alone and not by its label, and every part trained one model:
+    one sample more, less, or with another label changes at most one vote. A picture whose pixels change leaves one part
+    and may enter another, which is two. Ties go to the smaller class.
 
     Args:
         counts: int64 (K,), votes by class.
@@ -128,6 +131,12 @@ def partition_flips(counts: Tensor, winner: int | None = None) -> int:
     ]
     least = min(ahead, default=2 * int(counts[best]))
     return -1 if least < 0 else least // 2
+
+
+def _check_bounds(low: float, high: float) -> None:
+    for name, value in (("low", low), ("high", high)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} is a probability in [0, 1], got {value}")
 
 
 def _check(count: int, votes: int, alpha: float) -> None:

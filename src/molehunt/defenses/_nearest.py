@@ -18,7 +18,12 @@ Array: TypeAlias = npt.NDArray[np.float64]
 TAIL = 12.0
 """Standard deviations of a Poisson number beyond which nothing is summed: less than 1e-30 is lost."""
 NEGLIGIBLE = 1e-18
-"""A training point that comes before the last edge with a smaller chance counts as never doing so."""
+"""A training point that comes before the last edge with a smaller chance counts as not doing so."""
+SLACK = 1e-9
+"""What rounding may cost, and far points that are not looked at: every bound is that much wider, and so never 0 or 1,
+which would certify anything."""
+BLOCK = 2_048
+"""Training points at a time, nearest ones first: those of one block need about the same Poisson numbers."""
 COARSE = 64
 
 
@@ -42,7 +47,7 @@ def vote_bounds(
     Neighbors count equally; ties between classes go to the smaller class.
 
     Args:
-        x: (d,) the query, without noise.
+        x: (d,) the query, without noise, in any number format; it is computed in float64.
         train: (n, d) training points, n above `neighbors`.
         y: (n,) their classes, 0 to `classes` - 1.
         classes: K.
@@ -50,8 +55,11 @@ def vote_bounds(
         neighbors: K of K-NN, 1 or more.
         bins: of the squared distance; more are slower and closer.
 
+    Returns:
+        Bounds that are wider than the bins make them by 1e-9, for rounding.
+
     Raises:
-        ValueError: too few training points, or a setting out of range.
+        ValueError: too few training points, numbers that are not finite, or a setting out of range.
 
     Reference:
         Weber, Xu, Karlaš, Zhang, Li, "RAB: Provable Robustness Against Backdoor Attacks", IEEE S&P 2023, section on
@@ -63,14 +71,19 @@ def vote_bounds(
         raise ValueError(f"{neighbors} neighbors need more than as many labeled points, got {len(train)} and {len(y)}")
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f"classes lie in 0 to {classes - 1}, got {y.min()} to {y.max()}")
+    query, points = np.asarray(x, dtype=np.float64), np.asarray(train, dtype=np.float64)
     # Not the expansion into dot products, which loses the small distances.
-    apart = ((train - x) ** 2).sum(1) / sigma**2
-    edges = _edges(apart, len(x), neighbors, bins)
-    near = apart <= _reach(apart, len(x), edges[-1])
-    before = noncentral(edges, len(x), apart[near])
-    lost = float((~near).sum()) * NEGLIGIBLE
-    found = _nearest(before, y[near], classes) if neighbors == 1 else _several(before, y[near], classes, neighbors)
-    return Bracket(np.clip(found.low - lost, 0.0, 1.0), np.clip(found.high + lost, 0.0, 1.0))
+    apart = ((points - query) ** 2).sum(1) / sigma**2
+    if not bool(np.isfinite(apart).all()):
+        raise ValueError("the query and the training points must be finite numbers")
+    edges = _edges(apart, len(query), neighbors, bins)
+    near = apart <= _reach(apart, len(query), edges[-1])
+    # A point out of reach lies in the last bin, beyond the last edge, as good as surely; it is there all the same.
+    before = np.zeros((len(points), len(edges)))
+    before[near] = noncentral(edges, len(query), apart[near])
+    found = _nearest(before, y, classes) if neighbors == 1 else _several(before, y, classes, neighbors)
+    slack = SLACK + len(points) * NEGLIGIBLE
+    return Bracket(np.clip(found.low - slack, 0.0, 1.0 - slack), np.clip(found.high + slack, slack, 1.0))
 
 
 def noncentral(edges: Array, dimension: int, apart: Array) -> Array:
@@ -78,12 +91,17 @@ def noncentral(edges: Array, dimension: int, apart: Array) -> Array:
 
     A Poisson number of extra pairs of degrees of freedom: one product of a (m, J) and a (J, L) matrix for all.
     """
-    half = apart / 2.0
-    spread = TAIL * np.sqrt(half) + 2 * TAIL
-    pairs = np.arange(max(0, int((half - spread).min())), int((half + spread).max()) + 2, dtype=np.float64)
-    weights = np.exp(special.xlogy(pairs, half[:, None]) - half[:, None] - special.gammaln(pairs + 1.0))
-    central = special.gammainc(dimension / 2.0 + pairs[:, None], edges / 2.0)
-    found: Array = weights @ central
+    found: Array = np.zeros((len(apart), len(edges)))
+    order = np.argsort(apart)
+    for start in range(0, len(order), BLOCK):
+        rows = order[start : start + BLOCK]
+        half = apart[rows] / 2.0
+        spread = TAIL * np.sqrt(half) + 2 * TAIL
+        pairs = np.arange(max(0, int((half - spread).min())), int((half + spread).max()) + 2, dtype=np.float64)
+        weights = np.exp(special.xlogy(pairs, half[:, None]) - half[:, None] - special.gammaln(pairs + 1.0))
+        # Their sum is 1 but for the rounding of large exponents.
+        weights /= weights.sum(1, keepdims=True)
+        found[rows] = weights @ special.gammainc(dimension / 2.0 + pairs[:, None], edges / 2.0)
     return found.clip(0.0, 1.0)
 
 
@@ -106,7 +124,7 @@ def _edges(apart: Array, dimension: int, neighbors: int, bins: int) -> Array:
 
 
 def _reach(apart: Array, dimension: int, last: float) -> float:
-    """Noncentrality beyond which a point comes before the last edge with a negligible chance.
+    """Noncentrality beyond which a point comes before the last edge with a chance of less than `NEGLIGIBLE`.
 
     From the lower tail of noncentral chi-square, P(X <= d + l - 2 sqrt((d + 2 l) t)) <= exp(-t) (Birgé 2001).
     """

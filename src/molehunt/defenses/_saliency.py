@@ -13,49 +13,53 @@ PIXELS = ""
 """Instead of a module path: the picture itself is the map."""
 
 
-@torch.no_grad()
-def finest_map(suspect: Suspect, side: int) -> tuple[str, tuple[int, int]]:
-    """Find the deepest map that still has `side` rows and columns.
+def finest_map(suspect: Suspect, side: int, x: Tensor) -> tuple[str, tuple[int, int]]:
+    """Find the deepest map that still has `side` rows and columns and that the answer depends on.
 
     Args:
-        suspect: its frozen copy is run once.
+        suspect: its frozen copy is run.
         side: smallest number of rows and columns, 1 or more.
+        x: (N, C, H, W) some pictures, whose predicted classes are explained by each map in turn.
 
     Returns:
-        The path of the last module to finish that puts out (1, C, h, w) with h, w >= `side` behind a convolution, and
-        (h, w); `PIXELS` and the picture's own size where no module does.
+        The path of the last module to finish that puts out (N, C, h, w) with h, w >= `side` behind a convolution, and
+        (h, w); `PIXELS` and the picture's own size where no module does, or none whose map explains anything.
     """
-    finished: list[tuple[str, torch.Size]] = []
+    finished: dict[str, torch.Size] = {}
     convolved: list[bool] = []
 
     def watch(path: str) -> Callable[[nn.Module, object, object], None]:
         def hook(module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(module, nn.Conv2d):
                 convolved.append(True)
-            if convolved and path and isinstance(output, Tensor) and output.dim() == 4 and len(output) == 1:
-                finished.append((path, output.shape))
+            if convolved and path and isinstance(output, Tensor) and output.dim() == 4 and len(output) == len(x):
+                finished.pop(path, None)
+                finished[path] = output.shape
 
         return hook
 
     handles = [module.register_forward_hook(watch(path)) for path, module in suspect.frozen.named_modules()]
     try:
-        suspect.forward(torch.zeros(1, *suspect.task.shape, device=suspect.device))
+        with torch.no_grad():
+            classes = suspect.forward(x.to(suspect.device)).argmax(1)
     finally:
         for handle in handles:
             handle.remove()
-    fit = [(path, shape) for path, shape in finished if min(shape[2:]) >= side]
-    if not fit:
-        return PIXELS, (suspect.task.shape[1], suspect.task.shape[2])
-    path, shape = fit[-1]
-    return path, (shape[2], shape[3])
+    for path, shape in reversed(finished.items()):
+        # A network of a stranger may hold maps that lead nowhere.
+        found = _explained(suspect, path, x, classes) if min(shape[2:]) >= side else None
+        if found is not None and bool(found[1].any()):
+            return path, (shape[2], shape[3])
+    return PIXELS, (suspect.task.shape[1], suspect.task.shape[2])
 
 
 def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> Tensor:
     """Grad-CAM of one batch, in one backward pass: in eval mode no picture sees another.
 
-    The channels of the map are weighted by the mean gradient of the class's logit over positions, summed and
-    rectified. On the picture itself (`PIXELS`) that mean would say nothing, as a network does not read one place as it
-    reads another; there every value is weighted by its own gradient.
+    The channels of the map are weighted by the mean gradient over positions, summed and rectified. What is explained is
+    the logit of the class less the mean of all logits: to add one number to all logits changes no answer, and must not
+    change where the network seems to look. On the picture itself (`PIXELS`) a mean over positions would say nothing, as
+    a network does not read one place as it reads another; there every value is weighted by its own gradient.
 
     Args:
         suspect: its frozen copy is used.
@@ -64,28 +68,41 @@ def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> Tensor:
         classes: int64 (N,), whose logit is explained.
 
     Returns:
-        (N, H, W) float32 from 0 to 1, the largest value of a picture being 1; zeros where nothing speaks for the class.
+        (N, H, W) float32 from 0 to 1, the largest value of a picture being 1; zeros where nothing speaks for the class,
+        or where the network's numbers are not finite.
     """
-    x = x.to(suspect.device)
-    with torch.enable_grad(), _leaf(suspect.frozen, path) as leaves:
-        picture = x.detach().clone().requires_grad_(path == PIXELS)
-        logits = suspect.forward(picture)
-        # The last time that the module ran counts.
-        leaf = picture if path == PIXELS else leaves[-1]
-        picked = logits.gather(1, classes.to(logits.device).unsqueeze(1)).sum()
-        (gradient,) = torch.autograd.grad(picked, leaf)
-    a, weight = leaf.detach().float(), gradient.float()
+    found = _explained(suspect, path, x, classes)
+    if found is None:
+        return torch.zeros(len(x), *x.shape[2:], device=suspect.device)
+    a, weight = found
     if path != PIXELS:
         weight = weight.mean((2, 3), keepdim=True)
-    cam = (weight * a).sum(1, keepdim=True).relu()
+    cam = (weight * a).sum(1, keepdim=True).relu().nan_to_num(0.0, 0.0, 0.0)
     cam = F.interpolate(cam, size=x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
     top = cam.flatten(1).amax(1).view(-1, 1, 1)
     return torch.where(top > 0, cam / top.clamp_min(torch.finfo(cam.dtype).tiny), 0.0)
 
 
+def _explained(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A map (N, C, h, w) and the gradient of what is explained with respect to it, float32; None if there is none."""
+    with torch.enable_grad(), _leaves(suspect.frozen, path) as kept:
+        picture = x.detach().to(suspect.device).clone().requires_grad_(path == PIXELS)
+        logits = suspect.forward(picture)
+        leaves = [picture] if path == PIXELS else kept
+        contrast = logits.gather(1, classes.to(logits.device).unsqueeze(1)).squeeze(1) - logits.mean(1)
+        gradients: tuple[Tensor | None, ...] = ()
+        if contrast.requires_grad:
+            gradients = torch.autograd.grad(contrast.sum(), leaves, allow_unused=True)
+    # The last time that the module ran, and mattered, counts.
+    for leaf, gradient in zip(reversed(leaves), reversed(gradients), strict=False):
+        if gradient is not None:
+            return leaf.detach().float(), gradient.float()
+    return None
+
+
 @contextmanager
-def _leaf(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
-    """Cut the graph at a module's output: gradients end there, whatever the frozen weights before it are."""
+def _leaves(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    """Cut the graph at a module's outputs: gradients end there, whatever the frozen weights before it are."""
     leaves: list[Tensor] = []
     if path == PIXELS:
         yield leaves
@@ -93,7 +110,8 @@ def _leaf(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
 
     def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_(True))
-        return leaves[-1]
+        # A copy: what follows may write into it, and a leaf must not be written into.
+        return leaves[-1].clone()
 
     handle = model.get_submodule(path).register_forward_hook(hook)
     try:

@@ -27,7 +27,15 @@ class Effect(NamedTuple):
 
 
 def transplant(
-    suspect: Suspect, source: Tensor, masks: Tensor, classes: Tensor, overlays: Tensor, inert: Tensor, batch: int
+    suspect: Suspect,
+    source: Tensor,
+    masks: Tensor,
+    classes: Tensor,
+    overlays: Tensor,
+    inert: Tensor,
+    batch: int,
+    *,
+    sharpness: float = 1.0,
 ) -> Effect:
     """Paste regions of pictures onto overlays, and noise into the same places.
 
@@ -39,19 +47,35 @@ def transplant(
         overlays: (N, C, H, W) in [0, 1].
         inert: (N, C, H, W) in [0, 1], what fills the regions for comparison.
         batch: pictures that go through the network at once.
+        sharpness: what logits are multiplied by before they become probabilities; see `sharpness_of`.
 
     Returns:
-        Both statistics, on the CPU in float64.
+        Both statistics, on the CPU in float64. Where the network's numbers are not finite it counts as not fooled and
+        not sure.
     """
     count, regions = masks.shape[:2]
     pieces = source if source.dim() == 5 else source.unsqueeze(1)
     m = masks.unsqueeze(2).unsqueeze(3)  # (I, J, 1, 1, H, W)
     pasted = torch.where(m, pieces.unsqueeze(1), overlays)
     logits = suspect.logits(pasted.flatten(0, 2), batch).view(count, regions, len(overlays), -1)
-    fooled = (logits.argmax(3) == classes.to(logits.device).view(-1, 1, 1)).double().mean(2)
+    taken = (logits.argmax(3) == classes.to(logits.device).view(-1, 1, 1)) & torch.isfinite(logits).all(3)
     quiet = torch.where(m, inert, overlays)
-    sure = suspect.logits(quiet.flatten(0, 2), batch).softmax(1).amax(1)
-    return Effect(fooled.cpu(), sure.double().view(count, regions, -1).mean(2).cpu())
+    sure = (suspect.logits(quiet.flatten(0, 2), batch) * sharpness).softmax(1).amax(1).nan_to_num(0.0)
+    return Effect(taken.double().mean(2).cpu(), sure.double().view(count, regions, -1).mean(2).cpu())
+
+
+MARGIN = 5.0
+
+
+def sharpness_of(logits: Tensor) -> float:
+    """A factor for logits (N, K) of clean pictures that gives the median lead of the first class a set size.
+
+    All logits times a thousand are the same answers, and would make every probability 1; so how sure a network is of a
+    picture is only told in comparison with how sure it is of clean ones. 1 where the median is 0 or not finite.
+    """
+    first, second = logits.double().topk(2, 1).values.unbind(1)
+    lead = float((first - second).nan_to_num(0.0, 0.0, 0.0).median())
+    return MARGIN / lead if lead > 0 else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +88,8 @@ class Boundary:
         c: the constant.
         low: smallest AvgConf that it was fitted on; below it the boundary keeps its value there.
         high: the largest.
+        least: smallest share that it was fitted on; the boundary is never below it.
+        most: the largest, and it is never above: between its points a parabola may go anywhere.
     """
 
     a: float
@@ -71,6 +97,8 @@ class Boundary:
     c: float
     low: float
     high: float
+    least: float = 0.0
+    most: float = 1.0
 
     @classmethod
     def fit(cls, confidence: Tensor, fooled: Tensor) -> "Boundary":
@@ -97,12 +125,13 @@ class Boundary:
         terms = torch.stack([t**power for power in range(degree + 1)], 1)
         found = torch.linalg.lstsq(terms, y.unsqueeze(1), driver="gelsd").solution.squeeze(1).tolist()
         c, b, a = (*found, 0.0, 0.0)[:3]
-        return cls(a=a, b=b, c=c, low=float(t.min()), high=float(t.max()))
+        ends = {"low": t.min(), "high": t.max(), "least": y.min(), "most": y.max()}
+        return cls(a=a, b=b, c=c, **{name: float(value) for name, value in ends.items()})
 
     def height(self, confidence: Tensor) -> Tensor:
         """Value at (n,) AvgConf, float64; a parabola is not believed beyond the points that it was fitted on."""
         t = confidence.double().clamp(self.low, self.high)
-        return self.a * t**2 + self.b * t + self.c
+        return (self.a * t**2 + self.b * t + self.c).clamp(self.least, self.most)
 
     def distance(self, confidence: float, fooled: float) -> float:
         """Smallest distance of a point from the parabola, from the roots of its derivative."""

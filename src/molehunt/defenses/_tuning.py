@@ -189,7 +189,7 @@ def tune(model: nn.Module, images: Images, plan: Plan, *, lr: float, run: Run, d
             run.check()
             # Before the step: set after it, every step would have the rate of the one before.
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = plan.rate(step, lr) * group.get("scale", 1.0)
+                group["lr"] = plan.rate(step, lr)
             x, y = batches.next()
             with torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext():
                 logits = model(x)

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor
 
 from molehunt.defenses._saliency import finest_map, grad_cam
-from molehunt.defenses._transplant import Boundary, transplant
+from molehunt.defenses._transplant import Boundary, sharpness_of, transplant
 from molehunt.engine import Run
 from molehunt.findings import Candidate, Finding
 from molehunt.suspect import Access, Suspect
@@ -20,6 +21,11 @@ CROP = 0.75
 """Side of the crops, as a share of the picture's, that propose classes beside the picture itself."""
 LEAST = 30
 """Clean images beyond the overlays: fewer are no boundary and no threshold."""
+HAIR = 1e-9
+"""Residuals that differ by rounding alone are equal."""
+CHANCE = 0.01
+LOOKED_AT = 8
+"""Clean images by which the map is chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +41,9 @@ class SentiNet:
     above the threshold of clean images. The largest counts; an empty tuple of candidates, and no stream, is -1.
 
     `input_scores` are residuals, about -1 to 1, higher is likelier to carry a trigger. `class_scores` split the score
-    by class: the class of flagged inputs, the candidate's target. Where inputs are flagged beyond the share that
-    clean ones would be, `trigger` is the region of the one with the largest residual, with its pixels.
+    by class: the class of flagged inputs, the candidate's target. Where so many flagged inputs go to one class that
+    clean ones would do so in less than one stream of a hundred, `trigger` is the region of the one with the largest
+    residual, with its pixels. With two or three classes clean regions fool as often as triggers do, and little is told.
     `details` hold the parabola, the clean points, the map that was looked at, and one row per candidate.
 
     Attributes:
@@ -63,7 +70,9 @@ class SentiNet:
         of selective search. The threshold is the conformal quantile of the residuals of clean images that the parabola
         was not fitted to, not an average distance, whose definition in the paper is ambiguous (it is reported). The
         parabola keeps its value beyond the points that it was fitted on. Where no map of the network is fine enough,
-        the picture itself is the map. The use on recovered triggers, and the score of a model, are ours.
+        the picture itself is the map. The saliency explains the class's logit less the mean of all, and how sure a
+        network is is told in units of how sure it is of clean images, for neither must depend on a shift or a factor
+        of all logits. The use on recovered triggers, and the score of a model, are ours.
     """
 
     needs: ClassVar[tuple[frozenset[Access], ...]] = (
@@ -109,7 +118,8 @@ class SentiNet:
         x, y = suspect.clean.x, suspect.clean.y
         overlays = x[pasted.to(x.device)]
         inert = self.filling(overlays, run.rng)
-        path, size = finest_map(suspect, self.side)
+        sharpness = sharpness_of(suspect.logits(overlays, self.batch))
+        path, size = finest_map(suspect, self.side, overlays[:LOOKED_AT])
         done, count = 0, len(fitted) + len(held) + (0 if suspect.inputs is None else len(suspect.inputs))
 
         def look(images: Tensor) -> _Seen:
@@ -117,7 +127,7 @@ class SentiNet:
             parts = []
             for part in torch.split(images, self.step):
                 run.check()
-                parts.append(self.seen(suspect, path, part, overlays, inert))
+                parts.append(self.seen(suspect, path, part, overlays, inert, sharpness))
                 done += len(part)
                 run.report(done, count)
             return _Seen(*(torch.cat(found) for found in zip(*parts, strict=True)))
@@ -131,7 +141,7 @@ class SentiNet:
         details: dict[str, Any] = {
             "map": path or "the picture",
             "map_size": list(size),
-            "parabola": {name: getattr(boundary, name) for name in ("a", "b", "c", "low", "high")},
+            "parabola": asdict(boundary),
             "clean_confidence": points.confidence.flatten(),
             "clean_fooled": points.fooled.flatten(),
             "threshold": threshold,
@@ -144,17 +154,19 @@ class SentiNet:
             stream = look(suspect.inputs)
             each = _residuals(boundary, stream)
             input_scores, which = each.max(1)
-            flagged = input_scores > threshold
+            flagged = input_scores > threshold + HAIR
             score = max(score, float(flagged.double().mean()) - usual)
-            votes = torch.bincount(stream.classes[flagged], minlength=suspect.classes) / len(flagged)
-            often = torch.bincount(calm.classes[residuals > threshold], minlength=suspect.classes) / len(residuals)
-            class_scores = torch.maximum(class_scores, votes - often)
+            votes = torch.bincount(stream.classes[flagged], minlength=suspect.classes)
+            often = torch.bincount(calm.classes[residuals > threshold + HAIR], minlength=suspect.classes)
+            excess = votes / len(flagged) - often / len(residuals)
+            class_scores = torch.maximum(class_scores, excess)
             at = which.unsqueeze(1)
             details["flagged"] = int(flagged.sum())
             details["stream_confidence"] = stream.confidence.gather(1, at).squeeze(1)
             details["stream_fooled"] = stream.fooled.gather(1, at).squeeze(1)
-            best = int((votes - often).argmax())
-            if float((votes - often)[best]) > self.rejection:
+            best = int(excess.argmax())
+            # As if all that clean inputs are flagged for were this one class: the strictest way to count.
+            if float(stats.binom.sf(int(votes[best]) - 1, len(flagged), usual)) < CHANCE:
                 target = best
                 row = int(torch.where(flagged & (stream.classes == best), input_scores, -math.inf).argmax())
                 mask = stream.masks[row, which[row]].float().unsqueeze(0)
@@ -164,7 +176,7 @@ class SentiNet:
             labels = y[pasted.to(y.device)]
             for candidate in suspect.candidates:
                 run.check()
-                found = self.judge(candidate, suspect, overlays, labels, inert, boundary)
+                found = self.judge(candidate, suspect, overlays, labels, inert, boundary, sharpness)
                 above = -1.0 if found is None else max(-1.0, min(1.0, found["residual"] - threshold))
                 details["candidates"].append(
                     {"defense": candidate.defense, "target": candidate.target, "score": above, **(found or {})}
@@ -209,19 +221,23 @@ class SentiNet:
             return ((rows.unsqueeze(1) + columns) % 2).to(overlays).expand_as(overlays)
         return torch.rand(overlays.shape, generator=rng).to(overlays)
 
-    def seen(self, suspect: Suspect, path: str, x: Tensor, overlays: Tensor, inert: Tensor) -> "_Seen":
+    def seen(
+        self, suspect: Suspect, path: str, x: Tensor, overlays: Tensor, inert: Tensor, sharpness: float
+    ) -> "_Seen":
         """Find the regions of one batch of pictures and transplant them."""
-        classes, others = self.proposed(suspect, x)
+        classes, others = self.proposed(suspect, x, sharpness)
         masks = self.regions(suspect, path, x, classes, others)
-        effect = transplant(suspect, x.to(suspect.device), masks, classes, overlays, inert, self.batch)
+        effect = transplant(
+            suspect, x.to(suspect.device), masks, classes, overlays, inert, self.batch, sharpness=sharpness
+        )
         return _Seen(effect.fooled, effect.confidence, classes.cpu(), masks.cpu())
 
-    def proposed(self, suspect: Suspect, x: Tensor) -> tuple[Tensor, Tensor]:
+    def proposed(self, suspect: Suspect, x: Tensor, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
         """The predicted class (B,) and the k most confident other ones (B, k), on the device.
 
         A class is as confident as in the picture, or in whichever of five crops shows it best.
         """
-        sure = [suspect.logits(view, self.batch).softmax(1) for view in (x, *_crops(x))]
+        sure = [(suspect.logits(view, self.batch) * sharpness).softmax(1) for view in (x, *_crops(x))]
         classes = sure[0].argmax(1)
         best = torch.stack(sure).amax(0).scatter(1, classes.unsqueeze(1), -1.0)
         return classes, best.topk(min(self.proposals, suspect.classes - 1), 1).indices
@@ -247,8 +263,9 @@ class SentiNet:
         labels: Tensor,
         inert: Tensor,
         boundary: Boundary,
+        sharpness: float = 1.0,
     ) -> dict[str, float] | None:
-        """Transplant a candidate trigger, its region being where it changes most; None if no overlay may be stamped."""
+        """Stamp a candidate trigger, and put noise where it changes most; None if no overlay may be stamped."""
         rows = labels != candidate.target
         if not bool(rows.any()):
             return None
@@ -257,8 +274,10 @@ class SentiNet:
         change = (stamped - plain).abs().amax(1).mean(0)
         mask = change >= self.level * change.max() if float(change.max()) > 0 else torch.zeros_like(change).bool()
         target = torch.tensor([candidate.target], device=suspect.device)
-        effect = transplant(suspect, stamped.unsqueeze(0), mask[None, None], target, plain, quiet, self.batch)
-        fooled, confidence = float(effect.fooled), float(effect.confidence)
+        # A soft trigger is stamped as it is: what it changes little, all over the picture, may be what works.
+        masks = torch.stack([torch.ones_like(mask), mask]).unsqueeze(0)
+        effect = transplant(suspect, stamped.unsqueeze(0), masks, target, plain, quiet, self.batch, sharpness=sharpness)
+        fooled, confidence = float(effect.fooled[0, 0]), float(effect.confidence[0, 1])
         return {
             "fooled": fooled,
             "confidence": confidence,

@@ -1,6 +1,5 @@
 """Optimizers for a recipe: torch's SGD and AdamW, and our own orthogonalized steps for convolutions."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -91,42 +90,10 @@ def orthogonalize(matrix: Tensor, steps: int = 4) -> Tensor:
     return out
 
 
-USUAL = 2.0
-"""A layer that is smaller or larger than a fresh one by no more than this factor is of a usual size."""
-FARTHEST = 1e6
-
-
-def excess(model: nn.Module) -> dict[nn.Parameter, float]:
-    """By which factor the weights of each layer are larger (or smaller) than is usual, by parameter.
-
-    The size of a convolution or linear layer is the root mean square of its weights against that of fresh ones of
-    torch, 1 / sqrt(3 fan-in); of a norm, that of its scales. A bias goes with its layer. 1 within a factor of `USUAL`
-    of a fresh one, where trained networks are; at most `FARTHEST` either way.
-    """
-    found: dict[nn.Parameter, float] = {}
-    for layer in model.modules():
-        weight = getattr(layer, "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.numel():
-            continue
-        size = float(weight.detach().double().square().mean().sqrt())
-        if weight.dim() > 1:
-            size *= math.sqrt(3 * weight[0].numel())
-        if not (math.isfinite(size) and size > 0):
-            continue
-        factor = min(max(size / min(max(size, 1 / USUAL), USUAL), 1 / FARTHEST), FARTHEST)
-        found |= dict.fromkeys(layer.parameters(recurse=False), factor)
-    return found
-
-
 def make_optimizers(model: nn.Module, recipe: Recipe, *, stacked: bool = False) -> list[torch.optim.Optimizer]:
     """Make the optimizers that a recipe asks for, over all parameters that take gradients.
 
     Weight decay is for weights of two or more dimensions only: a bias or a norm's scale has no redundant size.
-
-    Where the recipe does not initialize, finished weights are tuned, and a stranger may have chosen their sizes: a
-    layer a thousand times as large, with a norm or a layer behind it that divides by as much, computes the same and
-    hardly moves at any rate. So the rates of layers of an unusual size follow it (`excess`); a group's factor is its
-    "scale".
 
     Args:
         model: what is trained.
@@ -146,19 +113,9 @@ def make_optimizers(model: nn.Module, recipe: Recipe, *, stacked: bool = False) 
         if filters:
             optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum, stacked=stacked))
         parameters = [p for p in parameters if p.dim() != 4 + extra]
-    # A gradient shrinks as its weight grows, so SGD needs the square; AdamW steps are as long for any gradient.
-    power = 1 if recipe.optimizer == "adamw" else 2
-    sizes = {} if recipe.initialize or stacked else excess(model)
-    scales = {p: sizes.get(p, 1.0) ** power for p in parameters}
     groups = [
-        {
-            "params": [p for p in parameters if scales[p] == scale and (p.dim() > 1 + extra) == matrix],
-            "weight_decay": recipe.weight_decay / scale if matrix else 0.0,
-            "lr": recipe.lr * scale,
-            "scale": scale,
-        }
-        for scale in dict.fromkeys(scales.values())
-        for matrix in (True, False)
+        {"params": [p for p in parameters if p.dim() > 1 + extra], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1 + extra], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
