@@ -5,8 +5,9 @@
 
 On the data board pictures are stamped and rounded to eight bits before the host's training shifts them; on the weights
 board the attacker stamps the shifted picture. Each network here is trained on the set that the attack makes for the
-data board, with rounding and with shifts each switched on and off; "weights" is the weights board at the same rates.
-Figures are of the validation split.
+data board, with rounding and with shifts each switched on and off, and all else, the order of the rows and the victim's
+weights too, the same; "weights" is the weights board at the same rates. The draw "attacks" is the one of the row of
+benchmarks/attacks.py on the data board. Figures are of the validation split.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import torch
 from attacks import FITTING
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import make_attack, train_model
-from molehunt.game.training_set import TrainingSet
 from molehunt.runner import generator
 from molehunt.tasks import Images, get_task
 from molehunt.training import recipe_for
@@ -26,13 +26,13 @@ from record import fill, machine, rows, spread
 
 NAME = "data_board"
 ATTACKS = ("issba", "wanet", "bpp")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1, 2, "attacks")
 VERSIONS = {
     "weights": "weights board",
     "plain": "stamped first, neither rounded nor shifted",
     "rounded": "stamped first, rounded",
     "shifted": "stamped first, shifted",
-    "both": "data board: stamped first, rounded and shifted",
+    "both": "stamped first, rounded and shifted, as on the data board",
 }
 
 
@@ -42,15 +42,19 @@ def one(key: dict[str, Any]) -> dict[str, Any]:
     public, held_out, version = task.load("train"), task.load("validation"), key["version"]
     recipe = recipe_for(task.network, task)
     attack = make_attack(key["attack"], FITTING.get(key["attack"], {}))
-    rng = generator(key["seed"], f"data board {key['attack']}")
+    named = key["seed"] == "attacks"
+    rng = generator(
+        0 if named else key["seed"],
+        f"attack benchmark {key['attack']} {task.network} data" if named else f"data board {key['attack']}",
+    )
     if version in {"plain", "rounded"}:
         recipe = replace(recipe, augment="none")
     if version == "weights":
         model, made = train_model(task, task.network, recipe, attack, rng=rng)
     else:
         made = attack(public, task, rng)
-        rounded = version in {"rounded", "both"}
-        images = TrainingSet.of(made, public, rng).delivered(public, rng) if rounded else Images(*made.stamped())
+        x, y = made.stamped()
+        images = Images((255 * x).round() / 255 if version in {"rounded", "both"} else x, y)
         model, _ = train_model(task, task.network, recipe, None, rng=rng, images=images)
     assert made is not None
     said = measure(model.eval(), held_out, made.trigger)

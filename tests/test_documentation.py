@@ -465,7 +465,7 @@ VERSIONS = {
     "plain": "stamped first, neither rounded nor shifted",
     "rounded": "stamped first, rounded",
     "shifted": "stamped first, shifted",
-    "both": "data board: stamped first, rounded and shifted",
+    "both": "stamped first, rounded and shifted, as on the data board",
 }
 
 
