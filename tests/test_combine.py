@@ -449,14 +449,31 @@ def test_triggers_of_other_producers_are_not_comparable_and_the_reason_names_the
     settings = {**population.defenses["strip"], "producers": ["abs", "neural_cleanse"]}
     population = replace(population, defenses={**population.defenses, "strip": settings})
     cleanse, strip = found("neural_cleanse", 0.5), found("strip", 0.9)
-    fewer = replace(strip, record={**strip.record, "producers": ["neural_cleanse"]})
-    answer = tell(cleanse, fewer, population=population)
+    others = replace(strip, record={**strip.record, "producers": ["mine", "neural_cleanse"]})
+    answer = tell(cleanse, others, population=population)
     assert "strip" not in answer.p_values
     assert answer.details["skipped"]["strip"] == (
-        "it judges triggers that neural_cleanse looked for; on the reference models abs and neural_cleanse did"
+        "it judges triggers that mine and neural_cleanse looked for; on the reference models abs and neural_cleanse did"
     )
     same = replace(strip, record={**strip.record, "producers": ["neural_cleanse", "abs"]})
     assert "strip" in tell(cleanse, same, population=population).p_values
+
+
+def test_after_fewer_searches_a_largest_score_counts_and_errs_towards_clean() -> None:
+    population = people()
+    settings = {**population.defenses["strip"], "producers": ["abs", "neural_cleanse"]}
+    population = replace(population, defenses={**population.defenses, "strip": settings})
+    cleanse, strip = found("neural_cleanse", 0.5), found("strip", 0.9)
+    asked = {
+        who: tell(cleanse, replace(strip, record={**strip.record, "producers": who.split()}), population=population)
+        for who in ("abs", "abs neural_cleanse")
+    }
+    # One and the same score: the searches that were not made could only have raised it.
+    assert asked["abs"].p_values["strip"] == asked["abs neural_cleanse"].p_values["strip"]
+    assert any("errs towards a clean model" in told for told in asked["abs"].details["warnings"])
+    assert not any("errs towards" in told for told in asked["abs neural_cleanse"].details["warnings"])
+    nobody = tell(cleanse, replace(strip, record={**strip.record, "producers": []}), population=population)
+    assert "strip" not in nobody.p_values
 
 
 def test_do_no_harm_a_model_that_looks_clean_keeps_its_weights() -> None:

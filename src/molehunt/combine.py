@@ -189,6 +189,11 @@ def _weigh(findings: Sequence[Finding], population: Population | None, prior: fl
             evidence.skipped[finding.defense] = reason
         else:
             comparable[finding.defense] = scored[finding.defense]
+            if fewer := _fewer_looked(finding, population):
+                evidence.warnings.append(
+                    f"{finding.defense} judged triggers that {fewer[0]} looked for; on the reference models {fewer[1]} "
+                    "did, where more is found. So its p-value errs towards a clean model."
+                )
     fused = fuse(comparable, population, prior=prior)
     evidence.p, evidence.p_values = fused.p, dict(fused.p_values)
     evidence.skipped |= dict.fromkeys(fused.dropped, "no reference model has a score of this and of all other defenses")
@@ -284,12 +289,34 @@ def _incomparable(finding: Finding, population: Population) -> str | None:
     if reason := uncovered(finding.defense, population):
         return reason
     here, there = settings(finding), population.defenses[finding.defense]
-    if here == there:
+    if here == there or _fewer_looked(finding, population):
         return None
     if {**here, "producers": None} == {**there, "producers": None}:
-        found = [" and ".join(one.get("producers", ())) or "nobody" for one in (here, there)]
+        found = [_named(one) for one in (here, there)]
         return f"it judges triggers that {found[0]} looked for; on the reference models {found[1]} did"
     return "the reference models were scored in another configuration"
+
+
+LARGEST = frozenset({"strip"})
+"""Built-in defenses whose score is the largest over what they judge: the more have looked, the higher it is."""
+
+
+def _fewer_looked(finding: Finding, population: Population) -> tuple[str, str] | None:
+    """Who looked for the triggers that a defense judges, here and on the references, where some looked there alone.
+
+    Then the references' scores are at least what they would be after the same searches, so a p-value among them is too
+    large and never too small: it can be had, and errs towards a clean model. None in all other cases.
+    """
+    here, there = settings(finding), population.defenses[finding.defense]
+    some, all_ = set(here.get("producers", ())), set(there.get("producers", ()))
+    same = {**here, "producers": None} == {**there, "producers": None}
+    if finding.defense in LARGEST and same and some and some < all_:
+        return _named(here), _named(there)
+    return None
+
+
+def _named(one: Mapping[str, Any]) -> str:
+    return " and ".join(one.get("producers", ())) or "nobody"
 
 
 def uncovered(defense: str, population: Population) -> str | None:
