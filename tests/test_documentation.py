@@ -346,7 +346,7 @@ def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> N
     for row in map(json.loads, lines):
         name, _, form = row["attack"].partition(" (")
         if name == attack:
-            task = row["task"] + (f", {form.rstrip(')')}" if form else "")
+            task = row["task"] + (f", {form.rstrip(')').replace(') (', ', ')}" if form else "")
             wanted.setdefault((task, row["network"]), []).append(row)
     text = (ROOT / f"docs/reference/attacks/{attack}.md").read_text()
     assert ("\n### Through the gates\n" in text) == bool(wanted), "run: python benchmarks/attacks.py collect"
