@@ -3,12 +3,14 @@
 import copy
 import itertools
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from molehunt.defenses import _ensemble, rab
 from molehunt.defenses._ensemble import answers, noise, parts, seed_of
 from molehunt.defenses.rab import RAB
 from molehunt.engine import Run
@@ -62,12 +64,51 @@ def test_test_noise_is_a_function_of_the_weights_alone() -> None:
 
 
 def test_a_picture_lies_in_one_part_whatever_its_place_its_label_or_its_company() -> None:
-    x = tiny.pictures(100, 1).x
-    whole = parts(x, 7)
+    images = tiny.pictures(100, 1)
+    whole = parts(images, 7, b"salt")
+    assert sorted(torch.cat(whole).tolist()) == list(range(100))
     order = torch.randperm(100, generator=rng())
-    assert torch.equal(parts(x[order], 7), whole[order])
-    assert torch.equal(parts(x[:10], 7), whole[:10])
-    assert set(whole.tolist()) == set(range(7))
+    shuffled = parts(Images(images.x[order], images.y[order]), 7, b"salt")
+    relabeled = parts(Images(images.x, (images.y + 1) % 4), 7, b"salt")
+    for one, other, third in zip(whole, shuffled, relabeled, strict=True):
+        # The same pictures, in the same order.
+        assert torch.equal(images.x[one], images.x[order][other])
+        assert torch.equal(one, third)
+    assert [len(one) for one in parts(images, 7, b"pepper")] != [len(one) for one in whole]
+
+
+def weights_of(images: Images, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What every network of a partition vote has learned, as numbers."""
+    seen: list[int] = []
+    made = _ensemble.member
+
+    def caught(*asked: Any) -> Any:
+        model = made(*asked)
+        seen.append(seed_of(model.state_dict()))
+        return model
+
+    monkeypatch.setattr(rab, "member", caught)
+    run(RAB(members=6, steps=4, batch=20, kind="partition", distill=False), suspect(training=images))
+    return seen
+
+
+def test_one_sample_changes_one_network_of_a_partition_and_a_new_order_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.pictures(120, 1)
+    usual = weights_of(whole, monkeypatch)
+    assert len(usual) == 6
+    order = torch.randperm(120, generator=rng())
+    assert weights_of(Images(whole.x[order], whole.y[order]), monkeypatch) == usual
+    relabeled = whole.y.clone()
+    relabeled[5] = (relabeled[5] + 1) % 4
+    more = tiny.pictures(121, 77).x[-1:]
+    changes = {
+        "relabeled": Images(whole.x, relabeled),
+        "removed": Images(whole.x[1:], whole.y[1:]),
+        "added": Images(torch.cat([more, whole.x]), torch.cat([torch.tensor([2]), whole.y])),
+    }
+    for what, images in changes.items():
+        now = weights_of(images, monkeypatch)
+        assert sum(a != b for a, b in zip(usual, now, strict=True)) == 1, what
 
 
 # -------------------------------------------------------------------------------------------- certificates
@@ -80,7 +121,7 @@ def certificate(shares: list[float], members: int, **settings: Any) -> dict[str,
         ballots[:, image] = (torch.arange(members) < round(share * members)).long()
     # Rows in an order in which the votes that choose are like those that bound.
     ballots = ballots[torch.randperm(members, generator=rng())]
-    return RAB(members=members, **settings).certificate(ballots, torch.ones(len(shares)).long(), 3)
+    return RAB(members=members, **settings).certificate(ballots, torch.ones(len(shares)).long(), 3, members)
 
 
 def test_a_larger_majority_has_a_larger_radius_and_half_has_none() -> None:
@@ -101,9 +142,15 @@ def test_a_larger_majority_has_a_larger_radius_and_half_has_none() -> None:
 def test_the_votes_that_bound_had_no_say_in_the_choice() -> None:
     # The first fifth says class 2, all others class 1: chosen is 2, and nothing is certified of it.
     ballots = torch.cat([torch.full((20, 1), 2), torch.ones(80, 1).long()])
-    found = RAB(members=100).certificate(ballots, torch.tensor([1]), 3)
+    found = RAB(members=100).certificate(ballots, torch.tensor([1]), 3, 100)
     assert float(found["radii"][0]) == 0.0
     assert float(found["lower_bounds"][0]) == 0.0
+
+
+def test_an_image_that_is_voted_wrongly_has_no_radius_in_the_median() -> None:
+    # One label for all: unanimous, and worth nothing.
+    assert certificate([0.0, 0.0, 1.0], 100)["radius"] == 0.0
+    assert certificate([0.0, 1.0, 1.0], 100)["radius"] > 0.0
 
 
 def test_radii_grow_with_the_noise_and_shrink_with_the_risk() -> None:
@@ -113,9 +160,16 @@ def test_radii_grow_with_the_noise_and_shrink_with_the_risk() -> None:
 
 
 def test_the_words_say_what_is_certified_and_what_is_not() -> None:
-    said = certificate([1.0, 0.9], 100)["certificate"]["words"]
+    found = certificate([1.0, 0.9], 100)
+    said = found["certificate"]["words"]
     assert "Labels are not covered" in said
-    assert "total l2 norm" in said
+    assert "not all of them together" in said
+    told = [float(number) for number in re.findall(r"(?:less than|can certify) (\d\.\d+)", said)]
+    # Rounded down: a certificate must not be told larger than it is.
+    assert told == pytest.approx([found["radius"], found["most"]], abs=1e-3)
+    assert told[0] <= found["radius"] <= found["most"]
+    assert told[1] <= found["most"]
+    assert "nothing is certified" in certificate([0.5, 0.4], 100)["certificate"]["words"]
     assert "relabeled" in certificate([1.0, 0.9], 100, kind="partition")["certificate"]["words"]
     assert "radius" not in certificate([1.0], 100, kind="uniform")
 
@@ -179,11 +233,26 @@ def test_an_empty_part_votes_without_looking_at_the_others() -> None:
     found = run(RAB(members=12, steps=2, kind="partition", distill=False), suspect(training=few))
     assert int(found.details["votes"].sum()) == 12 * 3
     assert int(found.details["votes"][:, 0].min()) >= 12 - 3
+    assert found.details["taught"] <= 1
+    assert f"{found.details['taught']} of 12 parts" in found.details["certificate"]["words"]
+
+
+def test_a_network_that_diverges_does_not_end_the_vote(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = _ensemble.member, []
+
+    def sometimes(*asked: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise FloatingPointError("the loss is not finite")
+        return made(*asked)
+
+    monkeypatch.setattr(rab, "member", sometimes)
+    found = run(RAB(members=4, steps=2, distill=False), suspect())
+    assert found.details["taught"] == 3
+    assert int(found.details["votes"].sum()) == 4 * 200
 
 
 def test_every_network_sees_one_draw_of_noise_and_answers_with_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    from molehunt.defenses import _ensemble, rab
-
     seen: list[Tensor] = []
     shifts: list[Tensor | None] = []
 

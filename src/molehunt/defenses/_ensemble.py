@@ -21,14 +21,24 @@ def noise(shape: tuple[int, ...], kind: str, size: float, rng: torch.Generator) 
     return size * (2.0 * torch.rand(shape, generator=rng) - 1.0)
 
 
-def parts(x: Tensor, count: int) -> Tensor:
-    """Which of `count` parts each picture (N, C, H, W) belongs to, int64 (N,), by a hash of its pixels alone.
-
-    No label, no row and no other picture has a say: so a picture that is added, removed or relabeled changes one part.
-    """
+def digests(x: Tensor, salt: bytes) -> list[bytes]:
+    """SHA-256 of each picture (N, C, H, W) with a salt, by its pixels at eight bits."""
     levels = (255.0 * x.cpu()).round().to(torch.uint8).contiguous()
-    digests = [hashlib.sha256(picture.numpy().tobytes()).digest() for picture in levels]
-    return torch.tensor([int.from_bytes(digest[:8], "big") % count for digest in digests])
+    return [hashlib.sha256(salt + picture.numpy().tobytes()).digest() for picture in levels]
+
+
+def parts(images: Images, count: int, salt: bytes) -> list[Tensor]:
+    """Rows of each of `count` parts of a set, by a salted hash of the pixels alone.
+
+    No label, no place and no other picture has a say in which part a picture is in; and within a part the order is that
+    of the hashes, then of the labels. So a part is the same, to the bit, whatever happens to the others. Whoever does
+    not know the salt cannot choose the part of a picture.
+    """
+    known = digests(images.x, salt)
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for row in sorted(range(len(known)), key=lambda i: (known[i], int(images.y[i]))):
+        rows[int.from_bytes(known[row][:8], "big") % count].append(row)
+    return [torch.tensor(one, dtype=torch.int64) for one in rows]
 
 
 def seed_of(state: Mapping[str, Tensor]) -> int:
@@ -41,16 +51,20 @@ def seed_of(state: Mapping[str, Tensor]) -> int:
     return int.from_bytes(sha.digest()[:7], "big")
 
 
-def member(suspect: Suspect, images: Images, steps: int, batch: int, run: Run) -> nn.Module:
+def member(
+    suspect: Suspect, images: Images, steps: int, batch: int, run: Run, rng: torch.Generator | None = None
+) -> nn.Module:
     """Train a fresh network of the suspect's architecture on some images, which may leave [0, 1]; frozen.
 
-    It has the recipe that the package trains such a network with, but for its length.
+    It has the recipe that the package trains such a network with, but for its length. `rng` draws its weights and the
+    order of its images; by default the run's.
 
     Raises:
         ValueError: the network has layers whose weights cannot be drawn afresh, or there are no images.
         FloatingPointError: its loss is not finite.
     """
-    model = redraw(suspect.model, run.rng, suspect.task).to(suspect.device)
+    rng = rng or run.rng
+    model = redraw(suspect.model, rng, suspect.task).to(suspect.device)
     trainable(model)
     size = min(batch, len(images.y))
     recipe = replace(
@@ -58,7 +72,7 @@ def member(suspect: Suspect, images: Images, steps: int, batch: int, run: Run) -
     )
     if suspect.dtype == torch.float32:
         recipe = replace(recipe, precision="float32")
-    train(model, images, recipe, rng=run.rng, check=run.check, device=suspect.device)
+    train(model, images, recipe, rng=rng, check=run.check, device=suspect.device)
     return freeze(model)
 
 

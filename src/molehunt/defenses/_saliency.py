@@ -46,14 +46,36 @@ def finest_map(suspect: Suspect, side: int, x: Tensor) -> tuple[str, tuple[int, 
         for handle in handles:
             handle.remove()
     for path, shape in reversed(finished.items()):
-        # A network of a stranger may hold maps that lead nowhere.
-        found = _explained(suspect, path, x, classes) if min(shape[2:]) >= side else None
-        if found is not None and bool(found[1].any()):
+        if min(shape[2:]) >= side and _carries(suspect, path, x, classes):
             return path, (shape[2], shape[3])
     return PIXELS, (suspect.task.shape[1], suspect.task.shape[2])
 
 
-def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> Tensor:
+CARRIED = 0.5
+"""A map of which less of the answer is left to explain is passed over: a network of a stranger may hold maps that lead
+nowhere, or almost."""
+
+
+@torch.no_grad()
+def _carries(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> bool:
+    """Whether most of the lead of the predicted classes goes where a map is set to zero."""
+    whole = _contrast(suspect.forward(x.to(suspect.device)), classes)
+    handle = suspect.frozen.get_submodule(path).register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
+    try:
+        left = _contrast(suspect.forward(x.to(suspect.device)), classes)
+    finally:
+        handle.remove()
+    moved, size = (whole - left).abs().sum(), whole.abs().sum()
+    return bool(torch.isfinite(moved)) and bool(moved >= CARRIED * size) and bool(moved > 0)
+
+
+def _contrast(logits: Tensor, classes: Tensor) -> Tensor:
+    """Float64 (N,): a class's logit less the mean of all, which no number that is added to all of them changes."""
+    wide = logits.double()
+    return wide.gather(1, classes.to(wide.device).unsqueeze(1)).squeeze(1) - wide.mean(1)
+
+
+def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor, sharpness: float = 1.0) -> Tensor:
     """Grad-CAM of one batch, in one backward pass: in eval mode no picture sees another.
 
     The channels of the map are weighted by the mean gradient over positions, summed and rectified. What is explained is
@@ -66,12 +88,13 @@ def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> Tensor:
         path: module that puts out the map, of `finest_map`.
         x: (N, C, H, W) in [0, 1].
         classes: int64 (N,), whose logit is explained.
+        sharpness: what logits are multiplied by first, so that gradients of tiny ones are numbers too.
 
     Returns:
         (N, H, W) float32 from 0 to 1, the largest value of a picture being 1; zeros where nothing speaks for the class,
         or where the network's numbers are not finite.
     """
-    found = _explained(suspect, path, x, classes)
+    found = _explained(suspect, path, x, classes, sharpness)
     if found is None:
         return torch.zeros(len(x), *x.shape[2:], device=suspect.device)
     a, weight = found
@@ -79,17 +102,20 @@ def grad_cam(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> Tensor:
         weight = weight.mean((2, 3), keepdim=True)
     cam = (weight * a).sum(1, keepdim=True).relu().nan_to_num(0.0, 0.0, 0.0)
     cam = F.interpolate(cam, size=x.shape[2:], mode="bilinear", align_corners=False).squeeze(1)
+    cam = cam.double()
     top = cam.flatten(1).amax(1).view(-1, 1, 1)
-    return torch.where(top > 0, cam / top.clamp_min(torch.finfo(cam.dtype).tiny), 0.0)
+    return torch.where(top > 0, cam / torch.where(top > 0, top, 1.0), 0.0).float()
 
 
-def _explained(suspect: Suspect, path: str, x: Tensor, classes: Tensor) -> tuple[Tensor, Tensor] | None:
+def _explained(
+    suspect: Suspect, path: str, x: Tensor, classes: Tensor, sharpness: float
+) -> tuple[Tensor, Tensor] | None:
     """A map (N, C, h, w) and the gradient of what is explained with respect to it, float32; None if there is none."""
     with torch.enable_grad(), _leaves(suspect.frozen, path) as kept:
         picture = x.detach().to(suspect.device).clone().requires_grad_(path == PIXELS)
         logits = suspect.forward(picture)
         leaves = [picture] if path == PIXELS else kept
-        contrast = logits.gather(1, classes.to(logits.device).unsqueeze(1)).squeeze(1) - logits.mean(1)
+        contrast = sharpness * _contrast(logits, classes)
         gradients: tuple[Tensor | None, ...] = ()
         if contrast.requires_grad:
             gradients = torch.autograd.grad(contrast.sum(), leaves, allow_unused=True)

@@ -1,5 +1,6 @@
 """The transplant test: does a region of one picture, pasted onto others, take its class along, as noise does not?"""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,18 +51,25 @@ def transplant(
         sharpness: what logits are multiplied by before they become probabilities; see `sharpness_of`.
 
     Returns:
-        Both statistics, on the CPU in float64. Where the network's numbers are not finite it counts as not fooled and
-        not sure.
+        Both statistics, on the CPU in float64. A network that answers with a number that is none, or with infinity for
+        its likeliest class, counts as not fooled and not sure.
     """
     count, regions = masks.shape[:2]
     pieces = source if source.dim() == 5 else source.unsqueeze(1)
     m = masks.unsqueeze(2).unsqueeze(3)  # (I, J, 1, 1, H, W)
     pasted = torch.where(m, pieces.unsqueeze(1), overlays)
     logits = suspect.logits(pasted.flatten(0, 2), batch).view(count, regions, len(overlays), -1)
-    taken = (logits.argmax(3) == classes.to(logits.device).view(-1, 1, 1)) & torch.isfinite(logits).all(3)
+    taken = (logits.argmax(3) == classes.to(logits.device).view(-1, 1, 1)) & torch.isfinite(logits.amax(3))
     quiet = torch.where(m, inert, overlays)
-    sure = (suspect.logits(quiet.flatten(0, 2), batch) * sharpness).softmax(1).amax(1).nan_to_num(0.0)
-    return Effect(taken.double().mean(2).cpu(), sure.double().view(count, regions, -1).mean(2).cpu())
+    sure = probabilities(suspect.logits(quiet.flatten(0, 2), batch), sharpness).amax(1)
+    return Effect(taken.double().mean(2).cpu(), sure.view(count, regions, -1).mean(2).cpu())
+
+
+def probabilities(logits: Tensor, sharpness: float) -> Tensor:
+    """Softmax (N, K) of sharpened logits in float64; zeros where they are no numbers."""
+    wide = logits.double()
+    # From the largest, so that a large factor makes no infinity; minus infinity is a probability of 0.
+    return ((wide - wide.amax(1, keepdim=True)) * sharpness).softmax(1).nan_to_num(0.0)
 
 
 MARGIN = 5.0
@@ -71,11 +79,11 @@ def sharpness_of(logits: Tensor) -> float:
     """A factor for logits (N, K) of clean pictures that gives the median lead of the first class a set size.
 
     All logits times a thousand are the same answers, and would make every probability 1; so how sure a network is of a
-    picture is only told in comparison with how sure it is of clean ones. 1 where the median is 0 or not finite.
+    picture is only told in comparison with how sure it is of clean ones. 1 where the median is 0 or infinite.
     """
     first, second = logits.double().topk(2, 1).values.unbind(1)
-    lead = float((first - second).nan_to_num(0.0, 0.0, 0.0).median())
-    return MARGIN / lead if lead > 0 else 1.0
+    lead = float((first - second).nan_to_num(0.0, math.inf, 0.0).median())
+    return MARGIN / lead if 0 < lead < math.inf else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from molehunt.defenses._saliency import finest_map, grad_cam
-from molehunt.defenses._transplant import Boundary, sharpness_of, transplant
+from molehunt.defenses._transplant import Boundary, probabilities, sharpness_of, transplant
 from molehunt.engine import Run
 from molehunt.findings import Candidate, Finding
 from molehunt.suspect import Access, Suspect
@@ -24,6 +24,7 @@ LEAST = 30
 HAIR = 1e-9
 """Residuals that differ by rounding alone are equal."""
 CHANCE = 0.01
+HELD = 0.95
 LOOKED_AT = 8
 """Clean images by which the map is chosen."""
 
@@ -165,8 +166,11 @@ class SentiNet:
             details["stream_confidence"] = stream.confidence.gather(1, at).squeeze(1)
             details["stream_fooled"] = stream.fooled.gather(1, at).squeeze(1)
             best = int(excess.argmax())
-            # As if all that clean inputs are flagged for were this one class: the strictest way to count.
-            if float(stats.binom.sf(int(votes[best]) - 1, len(flagged), usual)) < CHANCE:
+            # As if all that clean inputs are flagged for were this one class: the strictest way to count. The share of
+            # clean inputs that a threshold flags is itself drawn, with the clean images that gave it.
+            n = len(residuals)
+            k = round(usual * (n + 1))
+            if float(stats.betabinom.sf(int(votes[best]) - 1, len(flagged), k, n + 1 - k)) < CHANCE:
                 target = best
                 row = int(torch.where(flagged & (stream.classes == best), input_scores, -math.inf).argmax())
                 mask = stream.masks[row, which[row]].float().unsqueeze(0)
@@ -226,7 +230,7 @@ class SentiNet:
     ) -> "_Seen":
         """Find the regions of one batch of pictures and transplant them."""
         classes, others = self.proposed(suspect, x, sharpness)
-        masks = self.regions(suspect, path, x, classes, others)
+        masks = self.regions(suspect, path, x, classes, others, sharpness)
         effect = transplant(
             suspect, x.to(suspect.device), masks, classes, overlays, inert, self.batch, sharpness=sharpness
         )
@@ -237,21 +241,23 @@ class SentiNet:
 
         A class is as confident as in the picture, or in whichever of five crops shows it best.
         """
-        sure = [(suspect.logits(view, self.batch) * sharpness).softmax(1) for view in (x, *_crops(x))]
+        sure = [probabilities(suspect.logits(view, self.batch), sharpness) for view in (x, *_crops(x))]
         classes = sure[0].argmax(1)
         best = torch.stack(sure).amax(0).scatter(1, classes.unsqueeze(1), -1.0)
         return classes, best.topk(min(self.proposals, suspect.classes - 1), 1).indices
 
-    def regions(self, suspect: Suspect, path: str, x: Tensor, classes: Tensor, others: Tensor) -> Tensor:
+    def regions(
+        self, suspect: Suspect, path: str, x: Tensor, classes: Tensor, others: Tensor, sharpness: float = 1.0
+    ) -> Tensor:
         """Regions bool (B, 1 + k, H, W): of the predicted class, and that without those of the other classes.
 
         Where nothing is left, the brightest part of the first one, from 85 % of its maximum, stands in. A picture in
         which nothing speaks for its class has no region.
         """
-        own = grad_cam(suspect, path, x, classes)
+        own = grad_cam(suspect, path, x, classes, sharpness)
         found = [own >= self.level]
         for column in others.T:
-            left = found[0] & (grad_cam(suspect, path, x, column) < self.level)
+            left = found[0] & (grad_cam(suspect, path, x, column, sharpness) < self.level)
             found.append(torch.where(left.flatten(1).any(1).view(-1, 1, 1), left, own >= 0.85))
         return torch.stack(found, 1)
 
@@ -265,14 +271,22 @@ class SentiNet:
         boundary: Boundary,
         sharpness: float = 1.0,
     ) -> dict[str, float] | None:
-        """Stamp a candidate trigger, and put noise where it changes most; None if no overlay may be stamped."""
+        """Stamp a candidate trigger, and put noise where it changes the pictures; None if no overlay may be stamped.
+
+        The place is the fewest pixels that hold `HELD` of all change: noise in a smaller one would be compared with a
+        trigger of which much lies elsewhere.
+        """
         rows = labels != candidate.target
         if not bool(rows.any()):
             return None
         plain, quiet = overlays[rows], inert[rows]
         stamped = candidate.trigger(plain)
-        change = (stamped - plain).abs().amax(1).mean(0)
-        mask = change >= self.level * change.max() if float(change.max()) > 0 else torch.zeros_like(change).bool()
+        change = (stamped - plain).abs().amax(1).mean(0).double()
+        order = change.flatten().argsort(descending=True, stable=True)
+        held = change.flatten()[order].cumsum(0)
+        mask = torch.zeros_like(change).bool()
+        if float(held[-1]) > 0:
+            mask.view(-1)[order[: 1 + int((held < HELD * held[-1]).sum())]] = True
         target = torch.tensor([candidate.target], device=suspect.device)
         # A soft trigger is stamped as it is: what it changes little, all over the picture, may be what works.
         masks = torch.stack([torch.ones_like(mask), mask]).unsqueeze(0)
