@@ -13,17 +13,21 @@ Check = Callable[[], None]
 
 
 def _centered(logits: Tensor) -> Tensor:
-    middle = logits - logits.mean(-1, keepdim=True)
-    return middle / middle.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+    wide = logits.double()
+    # By the largest first: squares of what is very large or very small are no numbers.
+    middle = wide - wide.mean(-1, keepdim=True)
+    size = middle.abs().amax(-1, keepdim=True)
+    middle = middle / torch.where(size > 0, size, 1.0)
+    return (middle / middle.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)).float()
 
 
 FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "log softmax": lambda logits: logits.log_softmax(-1),
     "centered": _centered,
+    "log softmax": lambda logits: logits.log_softmax(-1),
     "logits": lambda logits: logits,
 }
-"""What is made of logits (..., K) before they are read. Log-softmax does not see a constant that is added to all of
-them; "centered" does not see a factor either; raw logits are the paper's and see both."""
+"""What is made of logits (..., K) before they are read. "centered" sees neither a constant that is added to all of them
+nor a factor, which change no answer; log-softmax sees a factor; raw logits are the paper's and see both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,8 @@ class Settings:
         weight_decay: of the meta-classifier's weights, not of the queries.
         tune: whether the queries are tuned, by gradients through the frozen shadow models.
         clip: whether queries stay in [0, 1].
-        per_class: read the answers once per class, with that class first, by the same weights: then there is a score
-            per class, and the largest is the model's.
+        per_class: read the answers once per class, by the same weights: those for the class first, then all others,
+            sorted. So there is a score per class, whatever its number; the largest is the model's.
         robust: the hidden layer keeps its random weights, and only the queries and the last layer learn: whoever trains
             against it does not know weights that do not exist yet.
 
@@ -54,7 +58,7 @@ class Settings:
 
     queries: int = 10
     hidden: int = 20
-    features: str = "log softmax"
+    features: str = "centered"
     passes: int = 10
     batch: int = 1
     lr: float = 1e-3
@@ -114,20 +118,28 @@ class Meta(nn.Module):
                 bound = 1.0 / math.sqrt(layer.in_features)
                 for value in (layer.weight, layer.bias):
                     value.uniform_(-bound, bound, generator=rng)
-        rows = torch.arange(classes).repeat(classes, 1)
-        rows[:, 0], rows[torch.arange(classes), torch.arange(classes)] = torch.arange(classes), 0
-        self.register_buffer("first", rows)
+        self.classes = classes
 
     def answers(self, network: nn.Module) -> Tensor:
-        """What a network in evaluation mode says to the queries, as features (k, K)."""
-        features: Tensor = FEATURES[self.settings.features](network(self.queries).float())
-        return features
+        """What a network in evaluation mode says to the queries, as features (k, K), on the CPU.
+
+        It is handed a copy of the queries, which it may do with as it likes. Numbers that are none count as 0, infinite
+        ones as the largest that there are.
+        """
+        place = next((value.device for value in network.parameters()), torch.device("cpu"))
+        logits = network(self.queries.clone().to(place)).float().cpu().nan_to_num()
+        features: Tensor = FEATURES[self.settings.features](logits)
+        return features.nan_to_num()
 
     def forward(self, answers: Tensor) -> Tensor:
         """Logits of "poisoned" from features (S, k, K): (S,), or with `per_class` (S, K), one per target class."""
         if not self.settings.per_class:
             return self._read(answers)
-        return self._read(answers[:, :, self.get_buffer("first")].transpose(1, 2))  # (S, K, k, K)
+        views = []
+        for k in range(self.classes):
+            others = torch.cat([answers[..., :k], answers[..., k + 1 :]], -1).sort(-1, descending=True).values
+            views.append(torch.cat([answers[..., k : k + 1], others], -1))
+        return self._read(torch.stack(views, 1))  # (S, K, k, K)
 
     def _read(self, answers: Tensor) -> Tensor:
         units = self.hidden(answers.flatten(-2)).relu()
@@ -149,9 +161,8 @@ class Meta(nn.Module):
     def learning(self) -> list[dict[str, object]]:
         """Parameter groups that learn, with their weight decay."""
         layers = [self.head] if self.settings.robust else [self.hidden, self.head]
-        groups: list[dict[str, object]] = [
-            {"params": [p for layer in layers for p in layer.parameters()], "weight_decay": self.settings.weight_decay}
-        ]
+        parameters = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+        groups: list[dict[str, object]] = [{"params": parameters, "weight_decay": self.settings.weight_decay}]
         if self.settings.tune:
             groups.append({"params": [self.queries], "weight_decay": 0.0})
         return groups
@@ -183,12 +194,12 @@ def fit(
             f"{len(targets)} targets, {int(poisoned.sum())} poisoned"
         )
     _frozen(networks)
-    settings, classes = meta.settings, len(meta.get_buffer("first"))
+    settings = meta.settings
     labels = poisoned.float()
     if settings.per_class:
-        labels = F.one_hot(targets.clamp_min(0), classes).float() * poisoned.unsqueeze(1)
-    # A poisoned model is one target and K - 1 classes that are none.
-    weight = torch.tensor(float(classes if settings.per_class else 1))
+        labels = F.one_hot(targets.clamp_min(0), meta.classes).float() * poisoned.unsqueeze(1)
+    # As much for what is a target as for what is none, however many of either there are.
+    weight = (1.0 - labels).sum() / labels.sum()
     optimizer = torch.optim.Adam(meta.learning(), lr=settings.lr)
     losses = []
     for _ in range(settings.passes):
@@ -213,10 +224,11 @@ def fit_one_class(
 ) -> list[float]:
     """Train on clean shadow models alone: they should score low, and whatever answers otherwise higher.
 
-    A one-class support vector machine on the hidden units: half the squared norms of both layers, plus what falls short
-    of a margin r, which is the tenth percentile of what was seen so far. The sign is turned at the end, so that scores
-    are higher for what is unlike the shadows. It looks to one side alone: what answers like the shadows, only more so,
-    scores low. With log-softmax, whose numbers are all negative, that is what it learns; use another kind of features.
+    A one-class support vector machine on the hidden units, without a bias behind them: half the squared norms of both
+    layers, plus what falls short of a margin r, the tenth percentile of what was seen so far. The sign is turned at the
+    end, so that scores are higher for what is unlike the shadows. It looks to one side alone: what answers like the
+    shadows, only more so, scores low. With log-softmax, whose numbers are all negative, that is what it learns; use
+    another kind of features.
 
     Raises:
         ValueError: no networks, or one that is not frozen; `per_class`, which needs targets.
@@ -224,10 +236,15 @@ def fit_one_class(
     if not len(networks) or meta.settings.per_class:
         raise ValueError("the one-class variant needs clean shadow models, and has no score per class")
     _frozen(networks)
+    with torch.no_grad():
+        meta.head.bias.zero_()
+    # A bias would rise with the margin for ever, and say nothing of any model.
+    meta.head.bias.requires_grad_(False)
     optimizer = torch.optim.Adam(meta.learning(), lr=meta.settings.lr)
     losses, margin = [], 0.0
+    seen: list[float] = []
     for _ in range(meta.settings.passes):
-        total, seen = 0.0, []
+        total = 0.0
         for row in torch.randperm(len(networks), generator=rng).tolist():
             check()
             with torch.set_grad_enabled(meta.settings.tune):
@@ -242,7 +259,6 @@ def fit_one_class(
         losses.append(total / len(networks))
     with torch.no_grad():
         meta.head.weight.neg_()
-        meta.head.bias.neg_()
     return losses
 
 
