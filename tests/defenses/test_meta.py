@@ -57,7 +57,7 @@ FAST: dict[str, Any] = {"lr": 0.01, "passes": 8}
         {"features": "logits"},
         {"features": "log softmax"},
         {"per_class": True},
-        {"robust": True, "passes": 20},
+        {"robust": True, "features": "log softmax"},
         {"batch": 8},
     ],
     ids=str,
