@@ -146,6 +146,9 @@ class Decoy(Pooled):
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Conv2d(3, 4, 3, padding=1)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.unused.parameters()):
+                parameter.copy_(torch.randn(parameter.shape, generator=rng(number)))
 
     def forward(self, x: Tensor) -> Tensor:
         self.unused(x)
@@ -387,6 +390,9 @@ class Hint(Lines):
     def __init__(self, backdoored: bool) -> None:
         super().__init__(backdoored)
         self.hint = nn.Conv2d(1, 4, 1)
+        with torch.no_grad():
+            for number, parameter in enumerate(self.hint.parameters()):
+                parameter.copy_(torch.rand(parameter.shape, generator=rng(number)) * 2 - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         hinted: Tensor = super().forward(x) + 1e-6 * self.hint(1 - x).mean((2, 3))
