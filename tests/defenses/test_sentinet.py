@@ -294,10 +294,12 @@ def lines(backdoored: bool, **changes: float) -> tuple[Suspect, Tensor]:
         y = torch.arange(count) % 4
         x = 0.1 * torch.rand(count, 1, 16, 16, generator=rng(seed))
         places = torch.randint(3, 9, (count, 2), generator=rng(seed + 100)).tolist()
+        # Lines of one brightness would tie with each other.
+        bright = (0.4 + 0.4 * torch.rand(count, generator=rng(seed + 200))).tolist()
         for row, (top, left) in enumerate(places):
             down, right = STEPS[int(y[row])]
             for step in range(-3, 4):
-                x[row, 0, top + down * step, left + right * step] += 0.6
+                x[row, 0, top + down * step, left + right * step] += bright[row]
         return Images(x, y)
 
     stream = draw(200, 2)
