@@ -2,6 +2,7 @@
 
     python benchmarks/bank.py run --task mnist5k --partition calibrate --jobs 2     trains, then scores
     python benchmarks/bank.py ship --task mnist5k                                   the calibration of the package
+    python benchmarks/bank.py export --task mnist --partition evaluate --most 50 --to FRESH.json
     python benchmarks/bank.py collect                                               results/bank.json
 
 `run` does what `molehunt bank build` and `molehunt calibrate` do, and appends every finished model and every scored one
@@ -10,7 +11,7 @@ new machine only the missing ones are made. Weights are cached and never require
 are gone is trained again from its seed, on the same kind of machine to the same bytes.
 
 `ship` writes src/molehunt/populations/TASK-NETWORK.json from the rows of the calibrate partition, which has to be
-complete.
+complete. `export` writes such a file of another partition, or of its first models, for `calibration.py null`.
 """
 
 import argparse
@@ -108,18 +109,27 @@ def run(task: str, network: str, partition: str, most: int | None, jobs: int, ro
     )
 
 
-def ship(task: str, network: str, root: Path) -> None:
-    """Write the calibration that comes with the package."""
+def population_of(task: str, network: str, partition: str, most: int | None, root: Path) -> calibration.Population:
+    """Put the scores of a partition together.
+
+    Raises:
+        ValueError: models that the defenses of today have not scored.
+    """
     folder = restore(task, network, root)
-    listed = bank.entries(task, network, "calibrate")
+    listed = bank.entries(task, network, partition, most=most)
     torch.set_num_threads(1)
     found = scores.kept(listed, folder, everyone())
     if lacking := [entry.name for entry in listed if entry.name not in found]:
         raise ValueError(
             f"{len(lacking)} models have no scores by the defenses of today, {lacking[0]} first: "
-            f"python benchmarks/bank.py run --task {task} --network {network}"
+            f"python benchmarks/bank.py run --task {task} --network {network} --partition {partition}"
         )
-    made = scores.population(listed, folder, [found[entry.name] for entry in listed])
+    return scores.population(listed, folder, [found[entry.name] for entry in listed])
+
+
+def ship(task: str, network: str, root: Path) -> None:
+    """Write the calibration that comes with the package."""
+    made = population_of(task, network, "calibrate", None, root)
     path = Path(molehunt.__file__).parent / "populations" / f"{task}-{network}.json"
     calibration.save(made, path)
     print(f"{path.name}: {len(made.clean)} clean models, {len(made.planted)} whose backdoor passes the gates")
@@ -188,12 +198,13 @@ def figures_of(title: str, there: Sequence[bank.Row], folder: Path, task: str, n
 def main() -> None:
     """Train and score, ship or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "ship", "collect"])
+    parser.add_argument("what", choices=["run", "ship", "export", "collect"])
     parser.add_argument("--task", default="mnist5k")
     parser.add_argument("--network", help="default: the task's own")
     parser.add_argument("--partition", default="calibrate", choices=["develop", "calibrate", "evaluate"])
     parser.add_argument("--most", type=int, help="at most so many clean models and so many planted ones")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
+    parser.add_argument("--to", type=Path, help="file; export only")
     parser.add_argument("--folder", type=Path, help="folder of all banks; default: in the cache")
     arguments: Any = parser.parse_args()
     root = arguments.folder or cache.root() / "benchmarks" / "bank"
@@ -202,6 +213,12 @@ def main() -> None:
         run(arguments.task, network, arguments.partition, arguments.most, arguments.jobs, root)
     elif arguments.what == "ship":
         ship(arguments.task, network, root)
+    elif arguments.what == "export":
+        if arguments.to is None:
+            parser.error("export needs --to FILE")
+        calibration.save(
+            population_of(arguments.task, network, arguments.partition, arguments.most, root), arguments.to
+        )
     else:
         with tempfile.TemporaryDirectory() as scratch:
             collect(Path(scratch))

@@ -17,7 +17,7 @@ from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images
-from molehunt.testing import planted
+from molehunt.testing import DEFENSE_CHECKS, Trial, planted
 
 from . import tiny
 
@@ -37,6 +37,31 @@ def suspect(**evidence: Any) -> Suspect:
 
 def run(defense: RAB, asked: Suspect, seed: int = 0) -> Finding:
     return defense(asked, Run(rng=rng(seed)))
+
+
+LEARNED = "a twentieth of a small set is enough poison for every network to learn, whatever noise lies on it"
+CANNOT = {
+    "ranks_the_planted_above_the_twin": LEARNED,
+    "names_the_target": LEARNED,
+    "finds_stamped_pictures": LEARNED,
+    "repairs": LEARNED,
+}
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    return Trial(RAB(members=8, steps=300))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason=CANNOT[name])] if name in CANNOT else [])
+        for name in DEFENSE_CHECKS
+    ],
+)
+def test_the_contract(trial: Trial, check: str) -> None:
+    DEFENSE_CHECKS[check](trial)
 
 
 # ------------------------------------------------------------------------------------- noise, parts, hashes

@@ -15,7 +15,7 @@ from molehunt.findings import Candidate
 from molehunt.networks import build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, get_task
-from molehunt.testing import auc, planted
+from molehunt.testing import DEFENSE_CHECKS, Trial, auc, planted
 from molehunt.triggers import Additive, Patch
 
 from . import tiny
@@ -52,6 +52,16 @@ class Pooled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.coarse(self.fine(x).relu()).mean((2, 3)))
         return out
+
+
+@pytest.fixture(scope="module")
+def trial() -> Trial:
+    return Trial(SentiNet(overlays=30, fit=60, calibration=40))
+
+
+@pytest.mark.parametrize("check", DEFENSE_CHECKS)
+def test_the_contract(trial: Trial, check: str) -> None:
+    DEFENSE_CHECKS[check](trial)
 
 
 def whole_and_nothing() -> Tensor:
