@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py reliability mnist5k badnets_cnn   # a shipped population, out of fold: a picture
     python benchmarks/calibration.py null KNOWN.json FRESH.json        # two files of scores of clean models
+    python benchmarks/calibration.py fresh KNOWN.json FRESH.json       # the second's models, judged by the first
     python benchmarks/calibration.py formats --seeds 3                 # clean and backdoored networks in both formats
 
 Figures go to results/calibration.json; `formats` keeps a row per network in results/calibration.jsonl and goes on.
@@ -19,6 +20,7 @@ import torch
 from molehunt import calibration
 from molehunt.attacks import BadNets
 from molehunt.calibration import statistic
+from molehunt.combine import fuse
 from molehunt.defenses import STRIP, Defense, NeuralCleanse
 from molehunt.examination import divide, examine
 from molehunt.figures import reliability_chart
@@ -30,6 +32,7 @@ from molehunt.reliability import out_of_fold
 from molehunt.runner import inspect
 from molehunt.suspect import Suspect
 from molehunt.tasks import get_task
+from molehunt.testing import auc
 from molehunt.training import recipe_for, train
 from record import Figure, append, rows, spread, todo, write
 
@@ -116,6 +119,54 @@ def null(known: Path, fresh: Path) -> None:
     )  # fmt: skip
 
 
+DRAWS = 1_000
+
+
+def interval(scores: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """AUC with the range of 95 % of bootstrap draws, of clean and of planted models apart."""
+    rng = torch.Generator().manual_seed(0)
+    groups = [truth.nonzero().squeeze(1), (~truth).nonzero().squeeze(1)]
+    drawn = []
+    for _ in range(DRAWS):
+        some = torch.cat([g[torch.randint(len(g), (len(g),), generator=rng)] for g in groups])
+        drawn.append(auc(scores[some], truth[some]))
+    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return {"min": low, "median": auc(scores, truth), "max": high}
+
+
+def fresh(known: Path, file: Path) -> None:
+    """Judge models that a calibration has never seen, at even odds, and keep the figures."""
+    first, second = calibration.load(known), calibration.load(file)
+    models = [*second.clean, *second.planted]
+    truth = torch.tensor([model.attack is not None for model in models])
+    command = f"python benchmarks/calibration.py fresh {known.name} {file.name}"
+    note = (
+        f"{len(second.clean)} clean, {len(second.planted)} planted that pass the gates; spread: 95 % of bootstrap draws"
+    )
+    scored = [{k: v for k, v in model.scores.items() if v is not None and k in first.defenses} for model in models]
+    told = torch.tensor([fuse(scores, first, prior=0.5).p for scores in scored], dtype=torch.float64)
+    columns = {
+        name: torch.tensor([scores[name] for scores in scored])
+        for name in first.defenses
+        if all(name in scores for scores in scored)
+    }
+    figures = {}
+    for name, scores in {**columns, "all fused": told}.items():
+        found = interval(scores, truth)
+        print(f"| {name} | {found['median']:.3f} | {found['min']:.3f} to {found['max']:.3f} |")
+        figures[f"{first.task} {first.network}, fresh models, AUC of {name}"] = Figure(
+            value=found["median"], unit="AUC", goal=None, better="higher", spread=found, command=command, note=note
+        )
+    brier = float((told - truth.double()).square().mean())
+    print(f"Brier {brier:.3f}")
+    figures[f"{first.task} {first.network}, fresh models, Brier score"] = Figure(
+        value=brier, unit="", goal=0.25, better="lower", command=command, note="at even odds; 0.25 is who says 0.5"
+    )
+    for model, p in sorted(zip(models, told.tolist(), strict=True), key=lambda pair: (pair[0].attack or "", pair[1])):
+        print(f"{model.attack or 'clean'}: {p:.2f}")
+    write(NAME, figures)
+
+
 def ask(seed: int, name: str, defense: Defense, suspect: Suspect) -> Outcome:
     """Run one defense in this process."""
     return inspect(defense, suspect, name=name, seed=seed)
@@ -167,10 +218,10 @@ def formats(seeds: int) -> None:
 
 
 def main() -> None:
-    """Do one of the three."""
+    """Do one of the four."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["reliability", "null", "formats"])
-    parser.add_argument("names", nargs="*", help="of reliability: task and network; of null: two files")
+    parser.add_argument("what", choices=["reliability", "null", "fresh", "formats"])
+    parser.add_argument("names", nargs="*", help="of reliability: task and network; else: two files")
     parser.add_argument("--seeds", type=int, default=3, help="of formats")
     arguments = parser.parse_args()
     if arguments.what == "formats":
@@ -179,7 +230,10 @@ def main() -> None:
     if len(arguments.names) != 2:
         parser.error(f"{arguments.what} takes two names, got {arguments.names}")
     first, second = arguments.names
-    holding(first, second) if arguments.what == "reliability" else null(Path(first), Path(second))
+    if arguments.what == "reliability":
+        holding(first, second)
+    else:
+        {"null": null, "fresh": fresh}[arguments.what](Path(first), Path(second))
 
 
 if __name__ == "__main__":

@@ -275,6 +275,24 @@ def test_the_figures_of_the_bank_are_those_that_were_measured(task: str, heading
     assert f"of {whole[0]} planted models {whole[1]} pass" in text
 
 
+def test_how_fresh_models_are_judged_is_what_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/calibration.json").read_text())["figures"]
+    names = {
+        "ABS": "abs",
+        "Neural Cleanse": "neural_cleanse",
+        "pruning detection": "pruning_detection",
+        "STRIP": "strip",
+    }
+    shown = list(table("docs/reference/calibration.md", "Fresh models, judged"))
+    assert [row[0] for row in shown] == [*names, "all fused"]
+    for told, value, spread in shown:
+        figure = measured[f"mnist badnets_cnn, fresh models, AUC of {names.get(told, told)}"]
+        assert value == f"{figure['value']:.3f}"
+        assert spread == f"{figure['spread']['min']:.3f} to {figure['spread']['max']:.3f}"
+    brier = measured["mnist badnets_cnn, fresh models, Brier score"]["value"]
+    assert f"Brier score is {brier:.3f}" in (ROOT / "docs/reference/calibration.md").read_text()
+
+
 def test_the_figures_of_pruning_detection_are_those_that_were_measured() -> None:
     measured = json.loads((ROOT / "benchmarks/results/rounds_1_2.json").read_text())["figures"]
     title = "pruning-based detection on mnist, badnets_cnn, "
