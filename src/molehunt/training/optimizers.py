@@ -121,9 +121,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe, *, stacked: bool = False) 
     if not groups:
         return optimizers
     if recipe.optimizer == "adamw":
-        # beta2 .98 and not .999: trainings here last hundreds of steps, not tens of thousands. Not fused, which would be
-        # a tenth faster: it answers otherwise where a weight and its moments lie in memory in different orders, as
-        # channels-last weights and moments do that were read back from a file.
+        # beta2 .98 and not .999: trainings here last hundreds of steps, not tens of thousands. Not fused, which would
+        # be a tenth faster: with it an interrupted training of channels-last weights did not resume to the same bits.
         optimizers.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.98), foreach=True))
     else:
         nesterov = recipe.momentum > 0
