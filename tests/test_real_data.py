@@ -54,8 +54,8 @@ def found(defense: STRIP | NeuralCleanse | FinePruning, suspect: Suspect) -> Fin
 @pytest.mark.parametrize(
     ("task", "network", "color", "least", "lost", "left"),
     [
-        # A repair leaves of a square on MNIST between nothing and nearly all, by the model and by the machine: of this one
-        # 0.80 on one processor and 0.92 on another. So nothing is promised; its page has the figures of several.
+        # A repair leaves of a square on MNIST between nothing and nearly all, by the model and by the machine: of this
+        # one 0.80 on one processor and 0.92 on another. So nothing is promised; its page has the figures of several.
         ("mnist", "badnets_cnn", "white", 0.988, 0.02, None),
         # Fine-pruning may cost 4 points of 200 held-out pictures, which is known to 3 more; see its page.
         ("cifar10", "narrow_cifar", "yellow", 0.82, 0.07, 0.5),
