@@ -1,7 +1,7 @@
 """The documentation: links arrive, dependencies have reasons, and the code in it runs."""
 
-import contextlib
 import ast
+import contextlib
 import json
 import re
 import statistics
