@@ -76,6 +76,15 @@ def test_the_table_of_an_attack_has_medians_ranges_and_the_gates_that_were_misse
     ]
 
 
+def test_a_model_that_was_gated_against_more_references_counts_in_its_place(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacks = load("attacks")
+    kept = [attack_row(0, references=1), attack_row(1, references=1), attack_row(0, references=5, asr=0.5)]
+    monkeypatch.setattr(attacks, "rows", lambda name: kept)
+    assert [(row["seed"], row["references"]) for row in attacks.finished()] == [(0, 5), (1, 1)]
+
+
 def test_the_table_of_an_attack_is_put_into_its_page_once_and_taken_out_again(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

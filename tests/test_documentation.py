@@ -329,9 +329,15 @@ def test_the_figures_of_pruning_detection_are_those_that_were_measured() -> None
     assert "50 clean, 49 planted" in held["note"]
 
 
-def attack_rows(name: str) -> list[dict[str, Any]]:
+def finished_attacks() -> list[dict[str, Any]]:
+    """The latest row of every model; see `finished` of benchmarks/attacks.py."""
     lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["attack"] == name]
+    names = ("attack", "task", "network", "seed")
+    return list({tuple(row[k] for k in names): row for row in map(json.loads, lines)}.values())
+
+
+def attack_rows(name: str) -> list[dict[str, Any]]:
+    return [row for row in finished_attacks() if row["attack"] == name]
 
 
 @pytest.mark.parametrize(
@@ -378,9 +384,8 @@ def test_the_page_of_an_attack_shows_ten_pictures_under_its_trigger(attack: str)
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_figures_of_an_attack_are_those_that_were_measured(attack: str) -> None:
-    lines = (ROOT / "benchmarks/results/attacks.jsonl").read_text().splitlines()
     wanted: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in map(json.loads, lines):
+    for row in finished_attacks():
         name, _, form = row["attack"].partition(" (")
         if name == attack:
             task = row["task"] + (f", {form.rstrip(')').replace(') (', ', ')}" if form else "")
