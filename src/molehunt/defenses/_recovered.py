@@ -1,0 +1,74 @@
+"""Triggers that other defenses recovered: which of them work, on which pictures, and what is left of them."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molehunt.findings import Candidate
+from molehunt.suspect import freeze
+from molehunt.tasks import Images
+from molehunt.training import accuracy
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """A candidate that works.
+
+    Attributes:
+        candidate: the trigger, its target and who found it.
+        success: share of held-out images of other classes that it sends to its target, in [0, 1].
+    """
+
+    candidate: Candidate
+    success: float
+
+
+def others(images: Images, target: int) -> Images:
+    """The images of all classes but one."""
+    rows = images.y != target
+    return Images(images.x[rows], images.y[rows])
+
+
+def success(model: nn.Module, images: Images, candidate: Candidate) -> float:
+    """Share of the images of other classes that a trigger sends to its target, in [0, 1]; 0 if there are none."""
+    some = others(images, candidate.target)
+    if len(some.y) == 0:
+        return 0.0
+    return accuracy(model, Images(candidate.trigger(some.x), torch.full_like(some.y, candidate.target)))
+
+
+def working(model: nn.Module, held: Images, candidates: Sequence[Candidate], least: float) -> list[Recovered]:
+    """The candidates that send at least so large a share of held-out images of other classes to their target."""
+    tried = [Recovered(candidate, success(model, held, candidate)) for candidate in candidates]
+    return [one for one in tried if one.success >= least]
+
+
+def told(found: Sequence[Recovered], model: nn.Module, held: Images) -> list[dict[str, Any]]:
+    """Of each trigger who found it, its target, and its success before and on a repaired model, as JSON values."""
+    return [
+        {
+            "defense": one.candidate.defense,
+            "target": one.candidate.target,
+            "before": one.success,
+            "after": success(model, held, one.candidate),
+        }
+        for one in found
+    ]
+
+
+def nothing_works(candidates: Sequence[Candidate], least: float) -> str:
+    """Why there is nothing to do."""
+    if not candidates:
+        return "no trigger was recovered"
+    return f"none of {len(candidates)} recovered triggers sends {100 * least:g} % of held-out images to its target"
+
+
+def rebuilt(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    """The network with other weights, frozen, where it was: what whoever loads the state dict will have."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(state)
+    return freeze(copied)
