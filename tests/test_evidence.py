@@ -10,6 +10,7 @@ from torch import nn
 
 from molehunt.evidence import Store, assemble, describe, digests
 from molehunt.findings import Candidate
+from molehunt.metas import Meta, Settings, digest
 from molehunt.networks import build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, Task
@@ -36,6 +37,7 @@ def suspect() -> Suspect:
             Candidate(trigger=t, target=1, defense="x") for t in (Patch.square(TASK.shape), Sinusoid(shape=TASK.shape))
         ),
         references=(second,),
+        metas=(Meta(TASK.shape, 2, (0.3,), (0.2,), Settings(queries=3), rng),),
         dtype=torch.float32,
     )
 
@@ -56,6 +58,10 @@ def test_comes_back_equal(suspect: Suspect, tmp_path: Path) -> None:
     assert again.references is not None
     assert suspect.references is not None
     assert torch.equal(again.references[0](suspect.inputs), suspect.references[0](suspect.inputs))
+    assert again.metas is not None
+    assert suspect.metas is not None
+    assert digest(again.metas) == digest(suspect.metas)
+    assert torch.equal(again.metas[0].scores([again.model]), suspect.metas[0].scores([suspect.model]))
     assert again.candidates is not None
     assert suspect.candidates is not None
     for mine, yours in zip(again.candidates, suspect.candidates, strict=True):
@@ -64,7 +70,7 @@ def test_comes_back_equal(suspect: Suspect, tmp_path: Path) -> None:
 
 
 def test_what_was_not_granted_stays_absent(suspect: Suspect, tmp_path: Path) -> None:
-    nothing = dict.fromkeys(("clean", "training", "inputs", "candidates", "references"))
+    nothing = dict.fromkeys(("clean", "training", "inputs", "candidates", "references", "metas"))
     bare = dataclasses.replace(suspect, **nothing)  # type: ignore[arg-type]
     document = describe(bare, Store(tmp_path))
     assert assemble(document, Store(tmp_path)).grants == frozenset()

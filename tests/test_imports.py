@@ -10,11 +10,11 @@ import molehunt
 
 GROUPS: tuple[str, ...] = (
     "datasets tasks triggers findings details strict_json files legible plugins tensor_file confinement",
-    "networks zoo checkpoints conversion torch_file suspect evidence",
+    "networks metas zoo checkpoints conversion torch_file suspect evidence",
     "engine",
     "training",
     "attacks defenses",
-    "runner meter untouched isolation aftermath zygote examination "
+    "runner shadows meter untouched isolation aftermath zygote examination "
     "conformal calibration repair combine asking reliability null_check testing figures charts report scan",
     "game",
     "bank starter",

@@ -37,13 +37,15 @@ def statistic(finding: Finding) -> float | None:
 def settings(finding: Finding) -> dict[str, Any]:
     """Return what must be equal for two scores of one defense to be comparable.
 
-    That is its `configuration`, whether it had a `stream`, and for one that judges the triggers that others find, who
-    looked for them (`producers`, see `examination.examine`).
+    That is its `configuration`, whether it had a `stream`, for one that judges the triggers that others find, who
+    looked for them (`producers`, see `examination.examine`), and for one that has meta-classifiers, which (`metas`).
     """
     configuration = finding.record.get("configuration", {})
     found: dict[str, Any] = {"configuration": dict(configuration), "stream": finding.input_scores is not None}
     if "producers" in finding.record:
         found["producers"] = sorted(finding.record["producers"])
+    if "metas" in finding.record:
+        found["metas"] = finding.record["metas"]
     return found
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from molehunt import triggers
 from molehunt.findings import Candidate
+from molehunt.metas import Meta
 from molehunt.networks import NETWORKS, Network, build
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task
@@ -91,6 +92,9 @@ def describe(suspect: Suspect, store: Store) -> Json:
         "inputs": None if suspect.inputs is None else store.put({"x": suspect.inputs}),
         "candidates": None if suspect.candidates is None else [_describe(c, store) for c in suspect.candidates],
         "references": None if suspect.references is None else [_describe_model(m, store) for m in suspect.references],
+        "metas": None
+        if suspect.metas is None
+        else [{"meta": m.to_json(), "tensors": store.put(m.state_dict(keep_vars=True))} for m in suspect.metas],
         "device": str(suspect.device),
         "dtype": str(suspect.dtype).removeprefix("torch."),
     }
@@ -107,7 +111,7 @@ def assemble(document: Json, store: Store) -> Suspect:
         return None if digest is None else Images(**store.get(digest))
 
     fields: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in document["task"].items()}
-    candidates, references = document["candidates"], document["references"]
+    candidates, references, metas = (document[name] for name in ("candidates", "references", "metas"))
     return Suspect.of(
         _assemble_model(document["model"], store),
         Task(**fields),
@@ -116,6 +120,7 @@ def assemble(document: Json, store: Store) -> Suspect:
         inputs=None if document["inputs"] is None else store.get(document["inputs"])["x"],
         candidates=None if candidates is None else tuple(_assemble(c, store) for c in candidates),
         references=None if references is None else tuple(_assemble_model(m, store) for m in references),
+        metas=None if metas is None else tuple(Meta.from_json(m["meta"], store.get(m["tensors"])) for m in metas),
         device=document["device"],
         dtype=getattr(torch, document["dtype"]),
     )

@@ -22,7 +22,7 @@ from pydantic import PydanticUserError, TypeAdapter
 from torch import Tensor
 
 import molehunt
-from molehunt import triggers
+from molehunt import metas, triggers
 from molehunt.defenses import DEFENSES, Defense
 from molehunt.engine import Cancelled, Engine, Local, OutOfTime, Run, never, silent
 from molehunt.findings import Abstention, Failure, Finding, Outcome
@@ -37,6 +37,7 @@ WORDS: dict[Access, str] = {
     Access.INPUTS: "a stream of inputs",
     Access.CANDIDATES: "candidate triggers from other defenses",
     Access.REFERENCES: "reference models",
+    Access.METAS: "trained meta-classifiers",
 }
 _TRACE = 20_000  # characters of a traceback that are kept: the end of it says most
 
@@ -173,12 +174,15 @@ def configuration(defense: Defense) -> dict[str, Any]:
 def record(defense: Defense, suspect: Suspect, *, seed: int, seconds: float | None) -> dict[str, Any]:
     """Write down what is needed to run this again: configuration, seed, versions, device."""
     kind = type(defense)
+    by_metas = suspect.metas is not None and any(Access.METAS in need for need in defense.needs)
     return {
         "class": f"{kind.__module__}:{kind.__qualname__}",
         "configuration": configuration(defense),
         "seed": seed,
         "seconds": seconds,
         "granted": sorted(access.value for access in suspect.grants),
+        # Scores by other meta-classifiers are not comparable.
+        **({"metas": metas.digest(suspect.metas or ())} if by_metas else {}),
         "versions": {
             "molehunt": molehunt.__version__,
             "torch": torch.__version__,

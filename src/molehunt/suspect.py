@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.findings import Candidate
+from molehunt.metas import Meta
 from molehunt.networks import Anatomy, anatomy, capture, default_device, fast_dtype, features, fold_batch_norm
 from molehunt.tasks import Images, Task
 
@@ -25,6 +26,7 @@ class Access(StrEnum):
     INPUTS = "inputs"
     CANDIDATES = "candidates"
     REFERENCES = "references"
+    METAS = "metas"
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -68,6 +70,8 @@ class Suspect:
         inputs: (M, C, H, W) a stream of unlabeled inputs, some of them possibly stamped.
         candidates: recovered triggers from other defenses; empty when they found none.
         references: clean networks that the defender has trained, frozen like `model`.
+        metas: meta-classifiers that were trained on a population of clean and backdoored networks of the suspect's
+            architecture, frozen, on the CPU.
         device: where `frozen` and the evidence are.
         dtype: number format of the matrix work in `frozen`.
     """
@@ -80,6 +84,7 @@ class Suspect:
     inputs: Tensor | None
     candidates: tuple[Candidate, ...] | None
     references: tuple[nn.Module, ...] | None
+    metas: tuple[Meta, ...] | None
     device: torch.device
     dtype: torch.dtype
 
@@ -94,6 +99,7 @@ class Suspect:
         inputs: Tensor | None = None,
         candidates: tuple[Candidate, ...] | None = None,
         references: tuple[nn.Module, ...] | None = None,
+        metas: tuple[Meta, ...] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> "Suspect":
@@ -107,6 +113,7 @@ class Suspect:
             inputs: unlabeled inputs, if granted.
             candidates: recovered triggers, if granted.
             references: clean networks, if granted; they are copied too.
+            metas: trained meta-classifiers, if granted; they are copied too.
             device: where to work; a GPU when there is one, else the CPU.
             dtype: number format of the matrix work; the fastest that the device has, else float32.
 
@@ -136,6 +143,7 @@ class Suspect:
             candidates=candidates,
             # Else a defense that runs one in training mode would change its statistics for all that come after.
             references=None if references is None else tuple(freeze(copy.deepcopy(m)).to(place) for m in references),
+            metas=None if metas is None else tuple(_frozen(meta) for meta in metas),
             device=place,
             dtype=kind,
         )
@@ -191,6 +199,12 @@ class Suspect:
         for part in _batches(x, batch, self.device):
             with self.autocast():
                 yield capture(self.frozen, self.anatomy.block, part).float()
+
+
+def _frozen(meta: Meta) -> Meta:
+    copied = copy.deepcopy(meta)
+    freeze(copied)
+    return copied
 
 
 def _batches(x: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:

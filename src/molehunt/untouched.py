@@ -42,6 +42,8 @@ class Untouched:
             evidence.append(("suspect.inputs", suspect.inputs))
         for i, reference in enumerate(suspect.references or ()):
             evidence += [(f"suspect.references[{i}].{name}", tensor) for name, tensor in _tensors(reference)]
+        for i, meta in enumerate(suspect.metas or ()):
+            evidence += [(f"suspect.metas[{i}].{name}", tensor) for name, tensor in _tensors(meta)]
         # Tensors made under inference mode have no counter, but cannot be written to outside of it either.
         self.versions = [(label, t, t._version) for label, t in evidence if not t.is_inference()]
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.findings import Candidate
+from molehunt.metas import Meta, Settings, fit
 from molehunt.networks import Network, Normalize
-from molehunt.suspect import Access, Suspect
+from molehunt.suspect import Access, Suspect, freeze
 from molehunt.tasks import Images, Split, Task
 from molehunt.triggers import Patch, Target, Trigger
 
@@ -92,7 +93,8 @@ def planted(
         target: the target class.
         sources: classes on which the trigger works; None means all. One source is a corner case that STRIP's blend
             cannot see: a mixture loses what made the picture one of its class.
-        grants: the evidence to hand over. Candidates are the planted trigger, also for the twin.
+        grants: the evidence to hand over. Candidates are the planted trigger, also for the twin. Meta-classifiers
+            have seen shadow models with the same trigger and every target.
         classes: K, at least 2.
         images: clean pictures for the defender; as many are hidden and in the stream.
         seed: of prototypes and pictures.
@@ -144,6 +146,8 @@ def planted(
         "candidates": (Candidate(trigger=trigger, target=target, defense="planted"),),
         "references": tuple(_shaken(_network(prototypes, trigger, target, sources, False), rng) for _ in range(3)),
     }
+    if Access.METAS in grants:  # they take a second to train
+        evidence["metas"] = _metas(prototypes, trigger, rng)
     granted = {access.value: evidence[access.value] for access in Access if access in grants}
     return Planted(
         suspect=Suspect.of(model, task, dtype=torch.float32, **granted),  # type: ignore[arg-type]
@@ -226,8 +230,25 @@ def _network(
     )
 
 
+def _metas(prototypes: Tensor, trigger: Patch, rng: torch.Generator) -> tuple[Meta, ...]:
+    """Meta-classifiers that tell targets apart: a shadow model per target, and as many clean ones."""
+    classes = len(prototypes)
+    targets = torch.tensor([*range(classes), *[-1] * classes])
+    shadows = [
+        freeze(_shaken(_network(prototypes, trigger, max(0, target), None, target >= 0), rng))
+        for target in targets.tolist()
+    ]
+    settings = Settings(queries=4, hidden=16, passes=6, lr=0.03, per_class=True)
+    made = []
+    for _ in range(2):
+        meta = Meta(SHAPE, classes, (0.5,) * SHAPE[0], (0.3,) * SHAPE[0], settings, rng)
+        fit(meta, shadows, targets, rng)
+        made.append(meta)
+    return tuple(made)
+
+
 def _shaken(model: Network, rng: torch.Generator) -> Network:
-    """A clean network that is not bit for bit the twin: every weight moved by about a percent."""
+    """A network that is not bit for bit the twin: every weight moved by about a percent."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():

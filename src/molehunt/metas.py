@@ -1,9 +1,12 @@
 """Meta-classifiers: a small network that reads what other networks answer to a few queries, which it tunes itself."""
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,6 +161,28 @@ class Meta(nn.Module):
             found.append(self(self.answers(frozen).unsqueeze(0))[0])
         return torch.stack(found)
 
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the tensors, as JSON values; `from_json` is the other way."""
+        return {"settings": asdict(self.settings), "shape": list(self.queries.shape[1:]), "classes": self.classes}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Meta":
+        """Make a meta-classifier again, frozen and in eval mode, from `to_json` and its state dict.
+
+        Raises:
+            ValueError: a setting out of range, or tensors that do not fit.
+        """
+        channels, height, width = document["shape"]
+        level = (0.0,) * int(channels)
+        settings = Settings(**document["settings"])
+        drawn = torch.Generator().manual_seed(0)  # what it draws is replaced
+        made = cls((channels, height, width), document["classes"], level, level, settings, drawn)
+        try:
+            made.load_state_dict(dict(tensors))
+        except RuntimeError as error:
+            raise ValueError(f"the tensors are not those of such a meta-classifier: {error}") from error
+        return made.requires_grad_(False).eval()
+
     def learning(self) -> list[dict[str, object]]:
         """Parameter groups that learn, with their weight decay."""
         layers = [self.head] if self.settings.robust else [self.hidden, self.head]
@@ -166,6 +191,16 @@ class Meta(nn.Module):
         if self.settings.tune:
             groups.append({"params": [self.queries], "weight_decay": 0.0})
         return groups
+
+
+def digest(metas: Sequence[Meta]) -> str:
+    """SHA-256 of some meta-classifiers, in hexadecimal: scores by others are not comparable."""
+    sha = hashlib.sha256()
+    for meta in metas:
+        sha.update(json.dumps(meta.to_json(), sort_keys=True).encode())
+        for name, value in sorted(meta.state_dict().items()):
+            sha.update(f"\0{name}\0".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def fit(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from molehunt.defenses._meta import FEATURES, Meta, Settings, fit, fit_one_class
+from molehunt.metas import FEATURES, Meta, Settings, fit, fit_one_class
 from molehunt.testing import auc
 
 SHAPE, CLASSES = (1, 4, 4), 4
