@@ -11,9 +11,10 @@ learned is the trigger. The perturbations are made on one network, trained adver
 A row that is in results/label_consistent.jsonl is not made again. Rows with a `draw` are of an earlier form of this
 script, which drew other covers.
 
-`digits` poisons MNIST and appends to results/label_consistent-digits.jsonl; one thing changes at a time. *mixed*: the
-target's rows that are stamped are blended with a digit of another class, in place of a perturbation; 1 is the other
-digit itself, with the target's label. *noise*: standard deviation of noise on all pictures, of training and validation.
+`digits` poisons MNIST and appends to results/label_consistent-digits.jsonl; `CHANGES` lists what differs from `PLAIN`.
+*mixed*: the target's rows that are stamped are blended with a digit of another class, in place of a perturbation; 1 is
+the other digit itself, with the target's label. *noise*: standard deviation of noise on all pictures, of training and
+validation.
 A row says what share of the stamped rows a clean network gets right before they are stamped (`right`), and how the
 network answers to the patches on fainter digits: `ink` times the digit, 0 a black picture.
 """

@@ -34,6 +34,27 @@ def test_repairs_come_last_where_one_may_be_taken() -> None:
     assert all(isinstance(outcome, Finding) for outcome in verdict.outcomes)
 
 
+def test_repairs_are_granted_the_triggers_that_the_others_recovered() -> None:
+    case, seen = planted(), {}
+
+    def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
+        seen[name] = suspect.candidates
+        trigger = case.trigger if name == "neural_cleanse" else None
+        return Finding(defense=name, score=1.0, trigger=trigger, target=None if trigger is None else 3)
+
+    def fuse(outcomes: Iterable[Outcome]) -> Verdict:
+        return Verdict(p=0.9, q=torch.full((10,), 0.1), outcomes=tuple(outcomes))
+
+    ask(case.suspect, {name: DEFENSES[name]() for name in ("neural_cleanse", "unlearning")}, inspect, fuse)
+    assert seen["neural_cleanse"] is None
+    (candidate,) = seen["unlearning"] or ()
+    assert (candidate.trigger, candidate.target, candidate.defense) == (case.trigger, 3, "neural_cleanse")
+
+    # Where nobody could look there is no empty set of candidates either.
+    ask(case.suspect, {"unlearning": DEFENSES["unlearning"]()}, inspect, fuse)
+    assert seen["unlearning"] is None
+
+
 def test_below_that_they_are_not_asked_and_the_verdict_says_so() -> None:
     order, verdict = asked(0.19)
     assert order == ["neural_cleanse"]

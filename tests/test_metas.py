@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from molehunt.metas import FEATURES, Meta, Settings, fit, fit_one_class
+from molehunt.metas import FEATURES, Meta, Settings, digest, fit, fit_one_class
 from molehunt.testing import auc
 
 SHAPE, CLASSES = (1, 4, 4), 4
@@ -45,6 +46,73 @@ def shadows(count: int, first: int = 0) -> tuple[list[Shadow], Tensor]:
 
 def meta(seed: int = 0, **settings: Any) -> Meta:
     return Meta(SHAPE, CLASSES, **WIDE, settings=Settings(**settings), rng=rng(seed))
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_no_logits_whatever_their_size_leave_a_score_that_is_no_number(features: str) -> None:
+    class Loud(nn.Module):
+        def __init__(self, size: float) -> None:
+            super().__init__()
+            self.size = nn.Parameter(torch.tensor(size), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            signs = torch.sign(torch.sin(37.0 * x.flatten(1)[:, :CLASSES]))
+            return signs * self.size
+
+    for seed in range(30):
+        made = meta(seed, features=features)
+        with torch.no_grad():
+            assert bool(torch.isfinite(made.scores([Loud(torch.finfo().max).eval(), Loud(float("inf")).eval()])).all())
+
+
+def test_a_meta_classifier_goes_to_json_and_back() -> None:
+    made = meta(3, per_class=True, hidden=7)
+    again = Meta.from_json(json.loads(json.dumps(made.to_json())), made.state_dict())
+    assert digest([again]) == digest([made]) != digest([meta(4, per_class=True, hidden=7)])
+    assert torch.equal(again.scores(shadows(4)[0]), made.scores(shadows(4)[0]))
+    assert not any(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("classes",), "4"),
+        (("classes",), 5),
+        (("shape",), [1, 10**6, 10**6]),
+        (("shape",), [1, 4]),
+        (("shape",), "1 4 4"),
+        (("settings",), None),
+        (("settings", "queries"), "3"),
+        (("settings", "queries"), True),
+        (("settings", "queries"), 10**9),
+        (("settings", "hidden"), 10**9),
+        (("settings", "lr"), -1.0),
+        (("settings", "features"), "pixels"),
+        (("settings", "unknown"), 1),
+    ],
+)
+def test_a_document_that_is_no_meta_classifier_is_refused_before_anything_is_made_of_it(
+    where: tuple[str, ...], value: Any
+) -> None:
+    made = meta()
+    document = json.loads(json.dumps(made.to_json()))
+    inside = document
+    for key in where[:-1]:
+        inside = inside[key]
+    inside[where[-1]] = value
+    with pytest.raises(ValueError, match=r"meta-classifier|settings|must be|unknown features|lr"):
+        Meta.from_json(document, made.state_dict())
+
+
+def test_tensors_that_do_not_fit_or_are_no_numbers_are_refused() -> None:
+    made = meta()
+    state = made.state_dict()
+    for change in ({"queries": state["queries"] * float("nan")}, {"head.weight": torch.zeros(1, 3)}):
+        with pytest.raises(ValueError, match="meta-classifier"):
+            Meta.from_json(made.to_json(), state | change)
+    del state["head.bias"]
+    with pytest.raises(ValueError, match="meta-classifier"):
+        Meta.from_json(made.to_json(), state)
 
 
 FAST: dict[str, Any] = {"lr": 0.01, "passes": 8}

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from molehunt import metas, shadows
 from molehunt.attacks import BadNets
@@ -54,6 +55,7 @@ def test_models_and_meta_classifiers_are_made_once(monkeypatch: pytest.MonkeyPat
     assert digest(made[:1]) != digest(made[1:])
     assert told[0] == ("shadow models", 0, 6)
     assert ("shadow models", 6, 6) in told
+    assert [now for now in told if now[0] == "meta-classifier 2"][-1] == ("meta-classifier 2", 12, 12)
     assert {title for title, _, _ in told} == {"shadow models", "meta-classifier 1", "meta-classifier 2"}
     assert all(not p.requires_grad for meta in made for p in meta.parameters())
 
@@ -91,6 +93,25 @@ def test_a_broken_file_is_trained_again() -> None:
     (path,) = SMALL.folder.glob("meta-*")
     path.write_bytes(path.read_bytes()[:-10])
     assert digest(SMALL.metas(1, SETTINGS)) == digest(made)
+
+
+def test_two_folders_of_pictures_share_nothing(tmp_path: Path) -> None:
+    folders = []
+    for name, shade in (("a", 40), ("b", 200)):
+        for kind in ("cat", "dog"):
+            (tmp_path / name / kind).mkdir(parents=True)
+            for number in range(12):
+                picture = Image.new("L", (16, 16), min(255, shade + 3 * number + (10 if kind == "dog" else 0)))
+                picture.save(tmp_path / name / kind / f"{number}.png")
+        folders.append(Shadows(task=f"folder:{tmp_path / name}", network="lenet5", count=1, recipe=RECIPE).folder)
+    assert folders[0] != folders[1]
+
+
+def test_a_secret_seed_makes_other_meta_classifiers_of_the_same_models() -> None:
+    public = SMALL.metas(1, SETTINGS, layout=LAYOUT)
+    before = sorted(SMALL.folder.glob("block-*"))
+    assert digest(SMALL.metas(1, SETTINGS, seed=12345)) != digest(public)
+    assert sorted(SMALL.folder.glob("block-*")) == before
 
 
 def test_other_settings_are_other_meta_classifiers() -> None:

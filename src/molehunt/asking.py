@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 
 from molehunt.defenses import Defense, without_repairs
-from molehunt.examination import Inspect, examine
+from molehunt.examination import Inspect, examine, informed
 from molehunt.findings import Abstention, Outcome, Verdict
 from molehunt.repair import REPAIR_FROM
 from molehunt.suspect import Suspect
@@ -41,7 +41,9 @@ def ask(
     if not repairs:
         return verdict
     if verdict.p >= REPAIR_FROM:
-        outcomes |= {name: inspect(name, defense, suspect) for name, defense in repairs.items()}
+        # Some repairs work on the triggers that the others recovered.
+        knowing = informed(suspect, outcomes)
+        outcomes |= {name: inspect(name, defense, knowing) for name, defense in repairs.items()}
     else:
         why = f"{NOT_ASKED}: p is {verdict.p:.3f}, and below {REPAIR_FROM} the submitted weights stand"
         outcomes |= {name: Abstention(defense=name, reason=why) for name in repairs}

@@ -33,6 +33,17 @@ def candidates(outcomes: Mapping[str, Outcome]) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
+def informed(suspect: Suspect, outcomes: Mapping[str, Outcome]) -> Suspect:
+    """Grant what was recovered as candidates, beside those that the suspect came with.
+
+    Where nobody could look for triggers, and the suspect came without candidates, none are granted, not even an empty
+    set of them: those that only judge candidates then abstain.
+    """
+    if not searched(outcomes) and suspect.candidates is None:
+        return suspect
+    return replace(suspect, candidates=(suspect.candidates or ()) + candidates(outcomes))
+
+
 def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Names of the defenses that looked for triggers and finished, in order: they name one, or a score by class.
 
@@ -52,9 +63,8 @@ def examine(suspect: Suspect, defenses: Mapping[str, Defense], inspect: Inspect)
     """Yield every defense's outcome: first those that find triggers, then those that judge what was found.
 
     The record of a finding about candidates says in `producers` who looked for them: the more have looked, the higher
-    the largest score among candidates, so scores after other producers are not comparable. Where nobody could look,
-    and the suspect came without candidates, none are granted, not even an empty set of them: those that only judge
-    candidates then abstain.
+    the largest score among candidates, so scores after other producers are not comparable. See `informed` for what they
+    are granted.
 
     Args:
         suspect: the model and the evidence; its candidates, if any, are kept and the recovered ones added.
@@ -69,12 +79,9 @@ def examine(suspect: Suspect, defenses: Mapping[str, Defense], inspect: Inspect)
             continue
         outcomes[name] = inspect(name, defense, suspect)
         yield name, outcomes[name]
-    producers = searched(outcomes)
-    informed = suspect
-    if producers or suspect.candidates is not None:
-        informed = replace(suspect, candidates=(suspect.candidates or ()) + candidates(outcomes))
+    producers, knowing = searched(outcomes), informed(suspect, outcomes)
     for name, defense in waiting.items():
-        outcome = inspect(name, defense, informed)
+        outcome = inspect(name, defense, knowing)
         if isinstance(outcome, Finding):
             outcome = replace(outcome, record={**outcome.record, "producers": producers})
         yield name, outcome

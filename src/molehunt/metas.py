@@ -33,6 +33,10 @@ FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {
 nor a factor, which change no answer; log-softmax sees a factor; raw logits are the paper's and see both."""
 
 
+LARGEST = 1e6
+"""Of a feature; what a network puts out beyond it is no larger."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a meta-classifier is built and trained.
@@ -50,13 +54,18 @@ class Settings:
         per_class: read the answers once per class, by the same weights: those for the class first, then all others,
             sorted. So there is a score per class, whatever its number; the largest is the model's.
         robust: the hidden layer keeps its random weights, and only the queries and the last layer learn: whoever trains
-            against it does not know weights that do not exist yet.
+            against it does not know weights that do not exist yet. That holds where they are drawn late and from a
+            secret seed.
 
     Raises:
         ValueError: a setting out of range.
 
     Reference:
         Xu, Wang, Li, Borisov, Gunter, Li, "Detecting AI Trojans Using Meta Neural Analysis", IEEE S&P 2021.
+
+    Departures from the paper:
+        The last pass counts; the paper takes the one with the best AUC on further shadow models. By default features
+        are centered, queries stay in [0, 1], and weights decay. Scores per class are ours.
     """
 
     queries: int = 10
@@ -84,7 +93,7 @@ class Settings:
 
     @classmethod
     def paper(cls) -> "Settings":
-        """Raw logits, queries that may leave [0, 1], no weight decay: the authors' code, but for evaluation mode."""
+        """Raw logits, queries that may leave [0, 1], no weight decay, as in the authors' code."""
         return cls(features="logits", clip=False, weight_decay=0.0)
 
 
@@ -126,13 +135,14 @@ class Meta(nn.Module):
     def answers(self, network: nn.Module) -> Tensor:
         """What a network in evaluation mode says to the queries, as features (k, K), on the CPU.
 
-        It is handed a copy of the queries, which it may do with as it likes. Numbers that are none count as 0, infinite
-        ones as the largest that there are.
+        It is handed a copy of the queries, which it may do with as it likes. Numbers that are none count as 0, and none
+        is beyond a million.
         """
         place = next((value.device for value in network.parameters()), torch.device("cpu"))
         logits = network(self.queries.clone().to(place)).float().cpu().nan_to_num()
         features: Tensor = FEATURES[self.settings.features](logits)
-        return features.nan_to_num()
+        # Else logits that are huge would leave a score that is no number, which is no answer at all.
+        return features.nan_to_num().clamp(-LARGEST, LARGEST)
 
     def forward(self, answers: Tensor) -> Tensor:
         """Logits of "poisoned" from features (S, k, K): (S,), or with `per_class` (S, K), one per target class."""
@@ -170,13 +180,23 @@ class Meta(nn.Module):
         """Make a meta-classifier again, frozen and in eval mode, from `to_json` and its state dict.
 
         Raises:
-            ValueError: a setting out of range, or tensors that do not fit.
+            ValueError: something is missing, of another type or out of range, tensors that do not fit, or numbers in
+                them that are none.
         """
-        channels, height, width = document["shape"]
-        level = (0.0,) * int(channels)
-        settings = Settings(**document["settings"])
+        settings = _settings(document.get("settings"))
+        shape, classes, queries = document.get("shape"), document.get("classes"), tensors.get("queries")
+        whole = isinstance(shape, list) and [type(side) for side in shape] == [int] * 3
+        # Before anything is made of these numbers: they may be as large as somebody likes.
+        if not whole or type(classes) is not int or queries is None or list(queries.shape[1:]) != shape:
+            raise ValueError(f"no meta-classifier: shape {shape!r}, classes {classes!r} and its queries do not fit")
+        if len(queries) != settings.queries or not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError(f"no meta-classifier: expected {settings.queries} queries, and finite numbers alone")
+        first = tensors.get("hidden.weight")
+        if first is None or list(first.shape) != [settings.hidden, settings.queries * classes]:
+            raise ValueError("no meta-classifier: the hidden layer is of another size than the settings say")
+        level = (0.0,) * len(queries[0])
         drawn = torch.Generator().manual_seed(0)  # what it draws is replaced
-        made = cls((channels, height, width), document["classes"], level, level, settings, drawn)
+        made = cls((len(queries[0]), *queries.shape[2:]), classes, level, level, settings, drawn)  # type: ignore[arg-type]
         try:
             made.load_state_dict(dict(tensors))
         except RuntimeError as error:
@@ -191,6 +211,21 @@ class Meta(nn.Module):
         if self.settings.tune:
             groups.append({"params": [self.queries], "weight_decay": 0.0})
         return groups
+
+
+def _settings(document: Any) -> Settings:
+    """Settings from JSON values.
+
+    Raises:
+        ValueError: one that is missing, unknown, of another type or out of range.
+    """
+    wanted = asdict(Settings())
+    if not isinstance(document, dict) or document.keys() != wanted.keys():
+        raise ValueError(f"expected the settings {', '.join(wanted)}, got {document!r:.200}")
+    for name, usual in wanted.items():
+        if type(document[name]) is not type(usual):
+            raise ValueError(f"{name} must be a {type(usual).__name__}, got {document[name]!r:.50}")
+    return Settings(**document)
 
 
 def digest(metas: Sequence[Meta]) -> str:

@@ -64,7 +64,7 @@ class Shadows:
         task: name of the task.
         network: a key of `NETWORKS`.
         count: of clean models, and of backdoored ones.
-        images: training images that each of them sees, drawn anew for each; None for all.
+        images: training images that each of them sees, drawn anew for each; None for the whole split.
         recipe: how they are trained; None for the default of the network.
         seed: of the population: other seeds, other models.
 
@@ -75,8 +75,9 @@ class Shadows:
         Xu, Wang, Li, Borisov, Gunter, Li, "Detecting AI Trojans Using Meta Neural Analysis", IEEE S&P 2021.
 
     Departures from the paper:
-        Shadows see as much of the public training split as suspects do, each images of its own, where the paper's share
-        one fiftieth.
+        By default all shadows see the whole public training split, as suspects do, where the paper's share one fiftieth
+        of the data; with `images` each draws its own. There are far fewer: the paper has 2 048 of either kind, and
+        further ones to choose a pass by.
     """
 
     task: str
@@ -113,7 +114,8 @@ class Shadows:
     @property
     def folder(self) -> Path:
         """Where population and meta-classifiers are kept, in the cache."""
-        told = json.dumps([self.images, self.seed, self.count, self.plan.recipe.to_json()], sort_keys=True)
+        kept = [asdict(get_task(self.task)), self.images, self.seed, self.count, self.plan.recipe.to_json()]
+        told = json.dumps(kept, sort_keys=True)
         name = f"{self.task.partition(':')[0]}-{self.network}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         return cache.root() / "shadows" / name
 
@@ -150,6 +152,7 @@ class Shadows:
         number: int = 5,
         settings: Settings | None = None,
         *,
+        seed: int = 0,
         layout: Layout | None = None,
         report: Report | None = None,
         check: Callable[[], None] | None = None,
@@ -159,10 +162,13 @@ class Shadows:
         Args:
             number: how many, each with starting weights, queries and an order of its own.
             settings: how they are built and trained.
+            seed: of the meta-classifiers. A host who plays against students that may know this program takes a secret
+                one, and draws it after the last model was handed in: else they know its weights and queries.
             layout: as in `grow`.
             report: as in `grow`; of the meta-classifiers it is called with ("meta-classifier 1", models seen, models to
                 see).
-            check: called often; raises to stop.
+            check: called at every step of a meta-classifier, and between blocks of models while they are grown; raises
+                to stop.
 
         Raises:
             ValueError: fewer than one.
@@ -170,7 +176,7 @@ class Shadows:
         if number < 1:
             raise ValueError(f"at least one meta-classifier is needed, got {number}")
         settings = settings or Settings()
-        made = [_read(self._path(place, settings)) for place in range(number)]
+        made = [_read(self._path(place, settings, seed)) for place in range(number)]
         networks: list[Network] = []
         if any(meta is None for meta in made):
             networks = [one.network for one in self.grow(layout=layout, report=report, check=check)]
@@ -180,27 +186,29 @@ class Shadows:
         found = []
         for place, kept in enumerate(made):
             if kept is None:
-                rng = generator(place, f"meta-classifier {self.task} {self.network} {self.seed}")
+                rng = generator(seed, f"meta-classifier {place} of {self.task} {self.network} {self.seed}")
                 kept = Meta(task.shape, task.num_classes, task.mean, task.std, settings, rng)
-                seen, total = 0, settings.passes * -(-len(networks) // settings.batch)
+                title, steps, total = f"meta-classifier {place + 1}", 0, settings.passes * len(networks)
 
-                def step(title: str = f"meta-classifier {place + 1}", total: int = total) -> None:
-                    nonlocal seen
+                def step(title: str = title, total: int = total) -> None:
+                    nonlocal steps
                     if check:
                         check()
                     if report:
-                        report(title, seen, total)
-                    seen += 1
+                        report(title, min(steps * settings.batch, total), total)
+                    steps += 1
 
                 fit(kept, networks, targets, rng, step)
-                _write(kept, self._path(place, settings))
+                if report:
+                    report(title, total, total)
+                _write(kept, self._path(place, settings, seed))
                 # As it will be read from now on: frozen.
                 kept = Meta.from_json(kept.to_json(), kept.state_dict())
             found.append(kept)
         return tuple(found)
 
-    def _path(self, place: int, settings: Settings) -> Path:
-        told = json.dumps(asdict(settings), sort_keys=True)
+    def _path(self, place: int, settings: Settings, seed: int) -> Path:
+        told = json.dumps([asdict(settings), seed], sort_keys=True)
         return self.folder / f"meta-{hashlib.sha256(told.encode()).hexdigest()[:16]}-{place}.safetensors"
 
 
@@ -218,5 +226,5 @@ def _read(path: Path) -> Meta | None:
             about = json.loads((file.metadata() or {})["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         return Meta.from_json(about, tensors) if about.get("format") == FORMAT else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+    except (SafetensorError, OSError, KeyError, AttributeError, ValueError):
         return None

@@ -80,6 +80,8 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
         "fine_tuning",
         "super_fine_tuning",
         "fine_pruning",
+        "unlearning",
+        "neuron_pruning",
     }
     assert asked["defenses"] == ROUNDS["final"].make("weights", DEFENSES), "with what the round gives them"
     assert isinstance(asked["engine"], Processes)

@@ -15,7 +15,7 @@ from molehunt.defenses.activation_filter import ActivationFilter
 from molehunt.defenses.contract import Defense
 from molehunt.defenses.neuron_pruning import NeuronPruning, gaps, levels, penultimate
 from molehunt.defenses.unlearning import Unlearning
-from molehunt.engine import Run
+from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Candidate, Finding
 from molehunt.networks import anatomy
 from molehunt.suspect import Access, Suspect
@@ -26,7 +26,7 @@ from molehunt.training import accuracy
 from . import tiny
 
 JUDGES = (Access.CLEAN, Access.CANDIDATES)
-DEFENSES: list[Defense] = [Unlearning(lr=0.01), NeuronPruning(), ActivationFilter()]
+DEFENSES: list[Defense] = [Unlearning(), NeuronPruning(), ActivationFilter()]
 NAMES = ["unlearning", "neuron_pruning", "activation_filter"]
 
 
@@ -86,7 +86,18 @@ def test_success_is_measured_on_other_classes_than_the_target() -> None:
     candidate = Candidate(trigger=case.trigger, target=3, defense="oracle")
     assert success(case.suspect.model, case.hidden, candidate) == case.success(case.suspect.model)
     own = case.hidden.y == 3
-    assert success(case.suspect.model, Images(case.hidden.x[own], case.hidden.y[own]), candidate) == 0.0
+    # Absence is not zero.
+    assert success(case.suspect.model, Images(case.hidden.x[own], case.hidden.y[own]), candidate) is None
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=NAMES)
+def test_where_it_cannot_be_told_whether_a_trigger_works_nobody_says_that_it_does_not(defense: Defense) -> None:
+    suspect = planted(target=3, grants=(*JUDGES, Access.INPUTS)).suspect
+    assert suspect.clean is not None
+    own = suspect.clean.y == 3
+    lone = replace(suspect, clean=Images(suspect.clean.x[own], suspect.clean.y[own]))
+    with pytest.raises(ValueError, match=r"all \d+ held-out images are of its target, class 3; grant more"):
+        run(defense, lone)
 
 
 def test_only_candidates_that_work_are_kept() -> None:
@@ -161,6 +172,67 @@ def test_the_rate_falls_until_accuracy_is_kept(backdoored: Suspect, monkeypatch:
     assert finding.details["warnings"] == ["1 of 1 recovered triggers still work"], "this training did nothing"
 
 
+def test_no_time_for_another_rate_leaves_the_repair_that_is_finished(
+    backdoored: Suspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs more than it should, and says so; a repair that is finished is better than none."""
+
+    def spoil(model: nn.Module, images: Images, recipe: Any, **_: Any) -> None:
+        if recipe.lr < 0.3:
+            raise OutOfTime("late")
+        with torch.no_grad():
+            next(model.parameters()).zero_()
+
+    monkeypatch.setattr("molehunt.defenses.unlearning.train", spoil)
+    finding = run(Unlearning(lr=0.3), backdoored)
+    assert finding.repaired is not None
+    assert finding.details["lr"] == 0.3
+    assert finding.details["warnings"][:2] == [
+        "no time was left to try 0.1",
+        "the repair costs more than 4 points of held-out accuracy at every rate tried",
+    ]
+    with pytest.raises(OutOfTime):
+        run(Unlearning(lr=0.2), backdoored)
+
+
+def test_the_most_accurate_is_taken_where_no_rate_keeps_to_the_tolerance(
+    backdoored: Suspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: nn.Module, images: Images, recipe: Any, **_: Any) -> None:
+        with torch.no_grad():
+            first = next(model.parameters())
+            first.mul_(0.6 if 0.05 < recipe.lr < 0.2 else 0.0)
+
+    monkeypatch.setattr("molehunt.defenses.unlearning.train", spoil)
+    finding = run(Unlearning(lr=0.3, tolerance=0.0), backdoored)
+    reached = [rate["accuracy"] for rate in finding.details["rates"]]
+    assert len(reached) == 3
+    assert reached[1] > reached[0] == reached[2]
+    assert reached[1] < finding.details["accuracy"]["before"]
+    assert finding.details["lr"] == pytest.approx(0.1)
+
+
+def test_a_training_that_diverges_at_every_rate_is_no_repair(
+    backdoored: Suspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr("molehunt.defenses.unlearning.train", diverge)
+    with pytest.raises(FloatingPointError):
+        run(Unlearning(), backdoored)
+
+
+def test_a_head_without_a_bias_is_pruned_too(backdoored: Suspect) -> None:
+    model = copy.deepcopy(backdoored.model)
+    head = model.get_submodule(anatomy(model, tiny.pictures(1, 0).x).head)
+    head.bias = None
+    found = backdoored.candidates
+    bare = Suspect.of(model, tiny.task(), clean=tiny.pictures(400, 7), candidates=found, dtype=torch.float32)
+    finding = run(NeuronPruning(), bare)
+    assert finding.details["successes"][finding.details["pruned"]] == finding.details["triggers"][0]["after"]
+
+
 def test_pruning_cuts_the_neuron_of_the_backdoor_alone() -> None:
     case = planted(target=3, grants=JUDGES)
     finding = run(NeuronPruning(), case.suspect)
@@ -180,7 +252,7 @@ def test_all_levels_at_once_are_those_of_a_loop(backdoored: Suspect) -> None:
     held = tiny.pictures(60, 3)
     found = [Recovered(candidate, 1.0) for candidate in backdoored.candidates]
     head = anatomy(backdoored.model, held.x[:1]).head
-    width = penultimate(backdoored, held.x).shape[1]
+    width = penultimate(backdoored, held.x, Run(rng=torch.Generator())).shape[1]
     order = torch.randperm(width, generator=torch.Generator().manual_seed(0))
     accuracies, successes = levels(backdoored, head, held, found, order, Run(rng=torch.Generator()))
     assert len(accuracies) == len(successes) == width + 1
@@ -215,7 +287,8 @@ def test_the_neuron_that_the_trigger_wakes_comes_first() -> None:
     case = planted(target=3, grants=JUDGES)
     found = [Recovered(Candidate(trigger=case.trigger, target=3, defense="oracle"), 1.0)]
     (gap,) = gaps(case.suspect, case.hidden, found, Run(rng=torch.Generator()))
-    usual, woken = (penultimate(case.suspect, x) for x in (case.hidden.x, case.trigger(case.hidden.x)))
+    quiet = Run(rng=torch.Generator())
+    usual, woken = (penultimate(case.suspect, x, quiet) for x in (case.hidden.x, case.trigger(case.hidden.x)))
     other = case.hidden.y != 3
     assert torch.allclose(gap, (woken - usual)[other].mean(0))
     assert gap[gap.argmax()] > 10 * gap.sort(descending=True).values[1]
@@ -270,6 +343,7 @@ def test_told_measures_the_model_that_it_is_given(backdoored: Suspect) -> None:
         (Unlearning, {"tolerance": -0.1}, "tolerance must lie in"),
         (Unlearning, {"held_out": 1.0}, "held_out must lie in"),
         (Unlearning, {"lr": -1.0}, "lr"),
+        (Unlearning, {"momentum": 1.5}, "momentum"),
         (NeuronPruning, {"until": 1.0}, "until must lie in"),
         (NeuronPruning, {"works": 0.0}, "works must lie in"),
         (ActivationFilter, {"false_alarms": 0.0}, "false_alarms must lie in"),

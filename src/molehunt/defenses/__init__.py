@@ -8,10 +8,12 @@ from molehunt.defenses.fine_pruning import FinePruning
 from molehunt.defenses.fine_tuning import FineTuning
 from molehunt.defenses.gradient_shaping import GradientShaping
 from molehunt.defenses.neural_cleanse import NeuralCleanse
+from molehunt.defenses.neuron_pruning import NeuronPruning
 from molehunt.defenses.pruning_detection import PruningDetection
 from molehunt.defenses.spectral_signatures import SpectralSignatures
 from molehunt.defenses.strip import STRIP
 from molehunt.defenses.super_fine_tuning import SuperFineTuning
+from molehunt.defenses.unlearning import Unlearning
 from molehunt.plugins import with_plugins
 
 DEFENSES: dict[str, type[Defense]] = {
@@ -20,14 +22,18 @@ DEFENSES: dict[str, type[Defense]] = {
     "fine_tuning": FineTuning,
     "gradient_shaping": GradientShaping,
     "neural_cleanse": NeuralCleanse,
+    "neuron_pruning": NeuronPruning,
     "pruning_detection": PruningDetection,
     "spectral_signatures": SpectralSignatures,
     "strip": STRIP,
     "super_fine_tuning": SuperFineTuning,
+    "unlearning": Unlearning,
 }
 
-REPAIRS = frozenset({"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
-"""Built-in defenses that answer with a repaired model and no score: they train, and say nothing about clean models."""
+REPAIRS = frozenset(
+    {"fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping", "unlearning", "neuron_pruning"}
+)
+"""Built-in defenses that answer with a repaired model and no score: they say nothing about clean models."""
 
 
 SCORELESS = REPAIRS | {"spectral_signatures"}
@@ -66,9 +72,11 @@ __all__ = [
     "FineTuning",
     "GradientShaping",
     "NeuralCleanse",
+    "NeuronPruning",
     "PruningDetection",
     "SpectralSignatures",
     "SuperFineTuning",
+    "Unlearning",
     "available",
     "scoring",
     "without_repairs",

@@ -33,18 +33,31 @@ def others(images: Images, target: int) -> Images:
     return Images(images.x[rows], images.y[rows])
 
 
-def success(model: nn.Module, images: Images, candidate: Candidate) -> float:
-    """Share of the images of other classes that a trigger sends to its target, in [0, 1]; 0 if there are none."""
+def success(model: nn.Module, images: Images, candidate: Candidate) -> float | None:
+    """Share of the images of other classes that a trigger sends to its target, in [0, 1]; None if there are none."""
     some = others(images, candidate.target)
     if len(some.y) == 0:
-        return 0.0
+        return None
     return accuracy(model, Images(candidate.trigger(some.x), torch.full_like(some.y, candidate.target)))
 
 
 def working(model: nn.Module, held: Images, candidates: Sequence[Candidate], least: float) -> list[Recovered]:
-    """The candidates that send at least so large a share of held-out images of other classes to their target."""
-    tried = [Recovered(candidate, success(model, held, candidate)) for candidate in candidates]
-    return [one for one in tried if one.success >= least]
+    """The candidates that send at least so large a share of held-out images of other classes to their target.
+
+    Raises:
+        ValueError: of a candidate it cannot be said, as all held-out images are of its target.
+    """
+    found = []
+    for candidate in candidates:
+        share = success(model, held, candidate)
+        if share is None:
+            raise ValueError(
+                f"whether a trigger works cannot be told: all {len(held.y)} held-out images are of its target, class "
+                f"{candidate.target}; grant more clean images"
+            )
+        if share >= least:
+            found.append(Recovered(candidate, share))
+    return found
 
 
 def told(found: Sequence[Recovered], model: nn.Module, held: Images) -> list[dict[str, Any]]:

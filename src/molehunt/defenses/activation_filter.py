@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from molehunt.defenses._held_out import split
 from molehunt.defenses._recovered import nothing_works, working
@@ -60,8 +59,10 @@ class ActivationFilter:
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Score the suspect's inputs; see the class."""
         run.check()
-        if suspect.clean is None or len(suspect.clean.y) < 4 or suspect.inputs is None:
-            raise ValueError("the activation filter needs inputs, and 4 clean images or more")
+        if suspect.clean is None or len(suspect.clean.y) < 4:
+            raise ValueError("the activation filter needs 4 clean images or more")
+        if suspect.inputs is None or len(suspect.inputs) == 0:
+            raise ValueError("the activation filter needs inputs to score")
         rank, held = split(suspect.clean, self.held_out, run.rng)
         candidates = suspect.candidates or ()
         found = working(suspect.model, held, candidates, self.works)
@@ -70,10 +71,10 @@ class ActivationFilter:
                 defense="activation_filter",
                 details={"triggers": [], "warnings": [nothing_works(candidates, self.works)]},
             )
-        gap = gaps(suspect, rank, found, run)
+        gap = gaps(suspect, rank, found, run)  # (T, D)
         most = max(1, round(self.share * gap.shape[1]))
         chosen = gap.argsort(dim=1, descending=True, stable=True)[:, :most]
-        usual, seen = (self.activations(suspect, x, chosen) for x in (held.x, suspect.inputs))
+        usual, seen = (penultimate(suspect, x, run)[:, chosen].mean(2) for x in (held.x, suspect.inputs))
         middle, wide = usual.mean(0), usual.std(0)
         # Neurons that clean images never wake have no spread: what they are woken by is told in their own units.
         wide = torch.where(wide > 0, wide, 1.0)
@@ -89,7 +90,3 @@ class ActivationFilter:
             "warnings": [],
         }
         return Finding(defense="activation_filter", input_scores=scores, details=details)
-
-    def activations(self, suspect: Suspect, x: Tensor, chosen: Tensor) -> Tensor:
-        """Mean activation of each trigger's neurons: float64 (N, T)."""
-        return penultimate(suspect, x)[:, chosen].mean(2)

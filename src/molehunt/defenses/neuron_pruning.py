@@ -10,7 +10,7 @@ from molehunt.defenses._held_out import HAIR, split
 from molehunt.defenses._recovered import Recovered, nothing_works, others, rebuilt, told, working
 from molehunt.engine import Run
 from molehunt.findings import Finding
-from molehunt.networks import anatomy, features
+from molehunt.networks import features
 from molehunt.suspect import BATCH, Access, Suspect
 from molehunt.tasks import Images
 from molehunt.training import accuracy
@@ -76,7 +76,7 @@ class NeuronPruning:
             return Finding(
                 defense="neuron_pruning", details={"triggers": [], "warnings": [nothing_works(candidates, self.works)]}
             )
-        head = anatomy(suspect.model, held.x[:1]).head
+        head = suspect.anatomy.head
         order = self.order(suspect, rank, found, run)
         accuracies, successes = levels(suspect, head, held, found, order, run)
         pruned = self.level(accuracies, successes)
@@ -118,18 +118,18 @@ def gaps(suspect: Suspect, images: Images, found: list[Recovered], run: Run) -> 
     for one in found:
         run.check()
         some = others(images, one.candidate.target)
-        stamped = penultimate(suspect, one.candidate.trigger(some.x))
-        rows.append((stamped - penultimate(suspect, some.x)).sum(0) / max(1, len(some.y)))
+        stamped = penultimate(suspect, one.candidate.trigger(some.x), run)
+        rows.append((stamped - penultimate(suspect, some.x, run)).sum(0) / max(1, len(some.y)))
     return torch.stack(rows)
 
 
-@torch.no_grad()
-def penultimate(suspect: Suspect, x: Tensor) -> Tensor:
-    """What enters the head of the model as submitted: float64 (N, D), on the CPU."""
-    head = anatomy(suspect.model, x.new_zeros(1, *suspect.task.shape)).head
-    width = suspect.model.get_submodule(head).in_features
-    parts = [features(suspect.model, head, part)[1].double().cpu() for part in torch.split(x, BATCH) if len(part)]
-    return torch.cat([torch.zeros(0, int(width), dtype=torch.float64), *parts])  # type: ignore[arg-type]
+def penultimate(suspect: Suspect, x: Tensor, run: Run) -> Tensor:
+    """What enters the head: float64 (N, D), on the CPU; N is at least 1."""
+    rows = []
+    for part in torch.split(x, BATCH):
+        run.check()
+        rows.append(suspect.features(part).double().cpu())
+    return torch.cat(rows)
 
 
 @torch.no_grad()
@@ -138,7 +138,8 @@ def levels(
 ) -> tuple[Tensor, Tensor]:
     """Accuracy, and the largest success of a trigger, at every number of pruned neurons: twice float64 (D + 1,).
 
-    A pruned neuron takes its share out of every logit, so all levels are one cumulative sum.
+    A pruned neuron takes its share out of every logit, so all levels are one cumulative sum. Answers are those of the
+    model as it was submitted, in float32.
     """
     layer = suspect.model.get_submodule(head)
     weight = layer.weight.detach().double().cpu()[:, order]  # type: ignore[operator]
@@ -146,11 +147,12 @@ def levels(
 
     def right(x: Tensor, y: Tensor) -> Tensor:
         counts = torch.zeros(len(order) + 1, dtype=torch.float64)
-        # So that the logits of all levels stay below 64 MB.
-        step = max(1, 2**23 // (len(counts) * len(weight)))
+        # So that the logits of all levels stay below 16 MB, and what they are made from below 100.
+        step = max(1, 2**21 // (len(counts) * len(weight)))
         for part, labels in zip(torch.split(x, step), torch.split(y.cpu(), step), strict=True):
             run.check()
-            shares = penultimate(suspect, part)[:, None, order] * weight  # (B, K, D)
+            read = features(suspect.model, head, part)[1].double().cpu()
+            shares = read[:, None, order] * weight  # (B, K, D)
             kept = shares.flip(2).cumsum(2).flip(2)
             logits = torch.cat([kept, torch.zeros_like(kept[..., :1])], 2) + bias[:, None]
             counts += (logits.argmax(1) == labels[:, None]).sum(0)
@@ -161,4 +163,5 @@ def levels(
     for one in found:
         some = others(held, one.candidate.target)
         reached.append(right(one.candidate.trigger(some.x), torch.full_like(some.y, one.candidate.target)))
+        run.report(len(reached), len(found))
     return accuracies, torch.stack(reached).amax(0)

@@ -18,6 +18,8 @@ ORDER = (
     "mntd",
     "strip",
     "sentinet",
+    "unlearning",
+    "neuron_pruning",
     "fine_tuning",
     "super_fine_tuning",
     "fine_pruning",
@@ -200,7 +202,7 @@ def _round(
 
 _REMOVAL = frozenset({"pruning_detection", "fine_tuning", "super_fine_tuning", "fine_pruning", "gradient_shaping"})
 _STATISTICAL = frozenset({"spectral_signatures", "strip", "abs"})
-_REVERSE = frozenset({"sentinet", "neural_cleanse"})
+_REVERSE = frozenset({"sentinet", "neural_cleanse", "unlearning", "neuron_pruning"})
 _META = frozenset({"mntd", "rab"})
 
 _FULL = {
@@ -209,9 +211,11 @@ _FULL = {
     "fine_pruning": Repair(steps=200, batch=64, lr=0.05),
     "gradient_shaping": Repair(steps=400, batch=256, lr=0.2),
 }
+_UNLEARNED = {"unlearning": Repair(steps=100, batch=64, lr=0.01)}
 # Where everything plays, removals are a fifth of the points and must not be most of the wait.
 _SHORT = {
     **_FULL,
+    **_UNLEARNED,
     "fine_tuning": Repair(steps=200, batch=128, lr=0.01),
     "super_fine_tuning": Repair(steps=300, batch=128, lr=0.1),
 }
@@ -221,7 +225,7 @@ ROUNDS: dict[str, Round] = {
     for r in (
         _round("I", "backdoor removals", _REMOVAL, (0.25, 0.0, 0.0, 0.75), "mnist", repairs=_FULL),
         _round("II", "statistical detection", _STATISTICAL, (0.60, 0.20, 0.20, 0.0), "cifar10"),
-        _round("III", "reverse-engineering", _REVERSE, (0.35, 0.15, 0.35, 0.15), "gtsrb"),
+        _round("III", "reverse-engineering", _REVERSE, (0.35, 0.15, 0.35, 0.15), "gtsrb", repairs=_UNLEARNED),
         _round("IV", "meta-model defenses", _META, (0.70, 0.0, 0.0, 0.30), "cifar10"),
         _round(
             "final", "all combined", frozenset(ORDER), (0.40, 0.15, 0.25, 0.20), "cifar10", counts=2, repairs=_SHORT

@@ -114,7 +114,7 @@ def leaves_the_suspect_alone(trial: Trial) -> None:
     """Weights, gradients, modes, hooks and evidence are afterwards what they were."""
     for need in trial.defense.needs:
         suspect = planted(grants=need).suspect
-        models = [suspect.model, suspect.frozen, *(suspect.references or ())]
+        models = [suspect.model, suspect.frozen, *(suspect.references or ()), *(suspect.metas or ())]
         evidence = [t for t in (suspect.inputs, *(suspect.clean or ()), *(suspect.training or ())) if t is not None]
         weights = [copy.deepcopy(model.state_dict()) for model in models]
         pictures = [t.clone() for t in evidence]
