@@ -196,7 +196,7 @@ class Meta(nn.Module):
             raise ValueError("no meta-classifier: the hidden layer is of another size than the settings say")
         level = (0.0,) * len(queries[0])
         drawn = torch.Generator().manual_seed(0)  # what it draws is replaced
-        made = cls((len(queries[0]), *queries.shape[2:]), classes, level, level, settings, drawn)  # type: ignore[arg-type]
+        made = cls((len(queries[0]), *queries.shape[2:]), classes, level, level, settings, drawn)
         try:
             made.load_state_dict(dict(tensors))
         except RuntimeError as error:

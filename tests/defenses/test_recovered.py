@@ -200,8 +200,10 @@ def test_the_most_accurate_is_taken_where_no_rate_keeps_to_the_tolerance(
 ) -> None:
     def spoil(model: nn.Module, images: Images, recipe: Any, **_: Any) -> None:
         with torch.no_grad():
-            first = next(model.parameters())
-            first.mul_(0.6 if 0.05 < recipe.lr < 0.2 else 0.0)
+            if 0.05 < recipe.lr < 0.2:
+                model.get_parameter("head.bias")[0] = -1e3  # one class of four is lost
+            else:
+                model.get_parameter("head.weight").zero_()
 
     monkeypatch.setattr("molehunt.defenses.unlearning.train", spoil)
     finding = run(Unlearning(lr=0.3, tolerance=0.0), backdoored)
@@ -226,7 +228,7 @@ def test_a_training_that_diverges_at_every_rate_is_no_repair(
 def test_a_head_without_a_bias_is_pruned_too(backdoored: Suspect) -> None:
     model = copy.deepcopy(backdoored.model)
     head = model.get_submodule(anatomy(model, tiny.pictures(1, 0).x).head)
-    head.bias = None
+    head.register_parameter("bias", None)
     found = backdoored.candidates
     bare = Suspect.of(model, tiny.task(), clean=tiny.pictures(400, 7), candidates=found, dtype=torch.float32)
     finding = run(NeuronPruning(), bare)
