@@ -77,12 +77,21 @@ def copies() -> Finding:
     return Finding(defense="pruning_detection", details=details, record={"configuration": {"sampling": "targeted"}})
 
 
+def neurons() -> Finding:
+    details = {
+        "accuracies": torch.tensor([0.98, 0.97, 0.96, 0.9, 0.1], dtype=torch.float64),
+        "successes": torch.tensor([1.0, 0.625, 0.04, 0.02, 0.0], dtype=torch.float64),
+        "pruned": 2,
+    }
+    return Finding(defense="neuron_pruning", details=details)
+
+
 @cache
 def made(name: str) -> Picture:
     return drawn(MADE[name])
 
 
-MADE = {f.defense: f for f in (curve(), outliers(), entropies(), stimulated(), masks(), copies())}
+MADE = {f.defense: f for f in (curve(), outliers(), entropies(), stimulated(), masks(), copies(), neurons())}
 
 
 def drawn(finding: Finding, classes: tuple[str, ...] = DIGITS) -> Picture:
@@ -128,6 +137,15 @@ def test_every_picture_has_one_size_and_few_bytes_and_is_the_same_again(name: st
         ("strip", ("101 clean", "median 1.00", "80 under the best candidate trigger for “7”", "75.0 % of the others")),
         ("abs", ("channel 12 of trunk.4", "“7” from −1.25 at 0 to 21.5 at 3.2", "“4” with 3.25")),
         ("neural_cleanse", ("each of 10 classes: median 42.5", "smallest 5.5 for “7”", "reported is “7” with 5.5")),
+        (
+            "neuron_pruning",
+            (
+                "accuracy 98.0 %",
+                "100.0 % with none",
+                "96.0 % and 4.0 % at the stop after 2",
+                "10.0 % and 0.0 % with all 4",
+            ),
+        ),
         ("pruning_detection", ("4 pruned copies: 25.0 % (copy 2) to 90.0 %", "mean 60.0 %", "unpruned 98.5 %")),
     ],
 )

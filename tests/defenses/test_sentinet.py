@@ -225,9 +225,9 @@ def test_the_distance_is_that_of_a_dense_search(seed: int) -> None:
 
 def test_a_fresh_clean_input_is_flagged_as_often_as_asked() -> None:
     residuals = torch.arange(99).double()
-    assert conformal_threshold(residuals, 0.05) == (94.0, 0.05)
+    assert conformal_threshold(residuals, 0.05) == (94.0, 0.05, 5)
     # Too few images for so small a share: nothing but the largest can be exceeded.
-    assert conformal_threshold(residuals[:10], 0.01) == (9.0, 1 / 11)
+    assert conformal_threshold(residuals[:10], 0.01) == (9.0, 1 / 11, 1)
     case = planted(backdoored=False, grants=STREAM, images=800, seed=5)
     fresh = Suspect.of(
         case.suspect.model, case.suspect.task, clean=case.suspect.clean, inputs=case.hidden.x, dtype=torch.float32
@@ -498,3 +498,23 @@ def test_too_few_pictures_are_refused() -> None:
 
 def test_the_papers_sizes() -> None:
     assert (SentiNet.paper().fit, SentiNet.paper().overlays) == (400, 100)
+
+
+def test_where_nothing_was_recovered_nothing_is_looked_at() -> None:
+    case = planted(grants=CANDIDATES)
+    calls = 0
+
+    def counted(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    bare = suspect_of(case.suspect.model, clean=case.suspect.clean, candidates=())
+    bare.frozen.register_forward_hook(counted)
+    found = SentiNet(overlays=30)(bare, Run(rng=rng()))
+    assert calls == 0
+    assert found.score == -1.0
+    assert found.class_scores is not None
+    assert found.class_scores.tolist() == [-1.0] * 10
+    with pytest.raises(ValueError, match="need 60 clean images or more"):
+        SentiNet(overlays=30)(suspect_of(case.suspect.model, clean=case.hidden._replace(
+            x=case.hidden.x[:40], y=case.hidden.y[:40]), candidates=()), Run(rng=rng()))  # fmt: skip

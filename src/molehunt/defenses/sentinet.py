@@ -116,6 +116,11 @@ class SentiNet:
         if suspect.inputs is not None and len(suspect.inputs) == 0:
             raise ValueError("the stream has no images; grant None where there is no stream")
         pasted, fitted, held = self.split(len(suspect.clean.y), run.rng)
+        if suspect.inputs is None and not suspect.candidates:
+            # Nothing to judge: whatever clean images look like, the score would be the lowest.
+            run.check()
+            nothing = torch.full((suspect.classes,), -1.0)
+            return Finding(defense="sentinet", score=-1.0, class_scores=nothing, details={"candidates": []})
         x, y = suspect.clean.x, suspect.clean.y
         overlays = x[pasted.to(x.device)]
         inert = self.filling(overlays, run.rng)
@@ -137,7 +142,7 @@ class SentiNet:
         boundary = Boundary.fit(points.confidence.flatten(), points.fooled.flatten())
         calm = look(x[held.to(x.device)])
         residuals = _residuals(boundary, calm).amax(1)
-        threshold, usual = conformal_threshold(residuals, self.rejection)
+        threshold, usual, k = conformal_threshold(residuals, self.rejection)
         score, class_scores = -1.0, torch.full((suspect.classes,), -1.0)
         details: dict[str, Any] = {
             "map": path or "the picture",
@@ -169,7 +174,6 @@ class SentiNet:
             # As if all that clean inputs are flagged for were this one class: the strictest way to count. The share of
             # clean inputs that a threshold flags is itself drawn, with the clean images that gave it.
             n = len(residuals)
-            k = round(usual * (n + 1))
             if float(stats.betabinom.sf(int(votes[best]) - 1, len(flagged), k, n + 1 - k)) < CHANCE:
                 target = best
                 row = int(torch.where(flagged & (stream.classes == best), input_scores, -math.inf).argmax())
@@ -309,15 +313,15 @@ class _Seen(NamedTuple):
     masks: Tensor
 
 
-def conformal_threshold(residuals: Tensor, rejection: float) -> tuple[float, float]:
-    """The residual above which an input is flagged, and the share of clean inputs that will be.
+def conformal_threshold(residuals: Tensor, rejection: float) -> tuple[float, float, int]:
+    """The residual above which an input is flagged, the share of clean inputs that will be, and its rank.
 
     With n clean residuals it is the k-th largest, k = floor(rejection (n + 1)), but at least the largest; a fresh
     clean input exceeds it with a chance of at most k / (n + 1).
     """
     count = len(residuals)
     k = max(1, math.floor(rejection * (count + 1)))
-    return float(residuals.sort(descending=True).values[k - 1]), k / (count + 1)
+    return float(residuals.sort(descending=True).values[k - 1]), k / (count + 1), k
 
 
 def _residuals(boundary: Boundary, seen: _Seen) -> Tensor:

@@ -1,17 +1,13 @@
-"""What defenses saw, as pictures: one small chart for each that has more to show than a number.
+"""Charts of what detectors saw: outliers, entropies, stimulated channels, masks."""
 
-A chart reads the `details` that the defense documents. Where they lack something, as in the record of an older version,
-there is no chart.
-"""
-
-from collections.abc import Callable, Sequence
-from statistics import fmean, median
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
-from molehunt.details import index, mapping, matrix, number, numbers, setting
+from molehunt.charts.words import DASHED, amount, label_of, name_of, share
+from molehunt.details import index, mapping, matrix, number, numbers
 from molehunt.figures import INK, REST, SAID, Axes, Picture, chart, drawable
 from molehunt.findings import Finding
 from molehunt.legible import legible
@@ -19,61 +15,6 @@ from molehunt.legible import legible
 BINS = 40  # of a histogram
 MOST = 43  # bars or lines, one a class, that can still be told apart
 NAMED = 12  # classes whose names fit below their bars, if they are short
-DASHED: Any = (0, (5, 4))
-DOTTED: Any = (0, (1, 2))
-
-Draw: TypeAlias = Callable[[Finding, tuple[str, ...]], Picture | None]
-
-
-class Chart(NamedTuple):
-    """How a defense's finding is drawn, and what a reader has to know to read it."""
-
-    draw: Draw
-    caption: str
-
-
-def chart_of(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
-    """Draw what a defense saw.
-
-    Args:
-        finding: its answer.
-        classes: names of the classes; they may be strangers' text.
-
-    Returns:
-        The picture, whose words hold its essential numbers; None where the defense has no chart, as a plug-in, or where
-        its details lack what the chart needs.
-    """
-    known = CHARTS.get(finding.defense)
-    return None if known is None else known.draw(finding, classes)
-
-
-def fine_pruning(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
-    """Accuracy on held-out images by number of pruned channels, with the stop, and the tolerance where it is known."""
-    curve = numbers(finding.details.get("curve"))
-    pruned = index(finding.details.get("pruned"), len(curve))
-    if pruned is None:
-        return None
-    tolerance = number(setting(finding, "tolerance"))
-
-    def draw(axes: Axes) -> None:
-        axes.plot(curve, color=SAID, linewidth=2.0, label="held-out accuracy")
-        axes.axvline(pruned, color=INK, linewidth=1.2, linestyle=DASHED, label=f"stop: {pruned} pruned")
-        if tolerance is not None:
-            label = f"tolerance: {100 * tolerance:g} points"
-            axes.axhline(curve[0] - tolerance, color=INK, linewidth=1.2, linestyle=DOTTED, label=label)
-        axes.plot([pruned], [curve[pruned]], "o", color=SAID, markersize=7, markeredgecolor="white")
-        axes.set_xlim(0, max(1, len(curve) - 1))
-        axes.set_ylim(0, 1.03)
-        axes.set_xlabel("channels pruned, dormant ones first")
-        axes.set_ylabel("accuracy")
-
-    alt = (
-        f"Fine-pruning, accuracy on held-out images by number of pruned channels: {_share(curve[0])} with none, "
-        f"{_share(curve[pruned])} at the stop after {pruned}, {_share(curve[-1])} with all {len(curve) - 1}"
-    )
-    if tolerance is not None:
-        alt += f"; the tolerance is {100 * tolerance:g} points, down to {_share(curve[0] - tolerance)}"
-    return chart(draw, alt)
 
 
 def spectral_signatures(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
@@ -91,12 +32,10 @@ def spectral_signatures(finding: Finding, classes: tuple[str, ...]) -> Picture |
 
     def draw(axes: Axes) -> None:
         edges = _edges(scores[0], threshold)
-        _histogram(axes, scores[gone:], edges, REST, f"kept of {_label(target, classes)}: {len(scores) - gone}")
+        _histogram(axes, scores[gone:], edges, REST, f"kept of {label_of(target, classes)}: {len(scores) - gone}")
         if threshold is not None:
             _histogram(axes, scores[:gone], edges, SAID, f"removed: {gone}")
-            axes.axvline(
-                threshold, color=INK, linewidth=1.2, linestyle=DASHED, label=f"threshold: {_amount(threshold)}"
-            )
+            axes.axvline(threshold, color=INK, linewidth=1.2, linestyle=DASHED, label=f"threshold: {amount(threshold)}")
         axes.set_xlim(0, edges[-1])
         # Most of a class lies in the first bars, and beside them a handful of outliers would have no height at all.
         axes.set_yscale("symlog", linthresh=1)
@@ -106,10 +45,10 @@ def spectral_signatures(finding: Finding, classes: tuple[str, ...]) -> Picture |
 
     alt = (
         f"{'SPECTRE' if quantum else 'Spectral signatures'}, outlier scores of the {len(scores)} training samples of "
-        f"{_name(target, classes)}, the class that sticks out most: median {_amount(median(scores))}, "
-        f"largest {_amount(scores[0])}"
+        f"{name_of(target, classes)}, the class that sticks out most: median {amount(median(scores))}, "
+        f"largest {amount(scores[0])}"
     )
-    alt += "; none is removed" if threshold is None else f"; the {gone} above {_amount(threshold)} are removed"
+    alt += "; none is removed" if threshold is None else f"; the {gone} above {amount(threshold)} are removed"
     return chart(draw, alt)
 
 
@@ -137,8 +76,8 @@ def strip(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
     low = [sum(v <= boundary for v in values) / len(values) for values in (clean, other)]
     alt = (
         f"STRIP, mean entropies in bits: {len(clean)} clean images, median {median(clean):.2f}, and {len(other)} "
-        f"{what[1]}, median {median(other):.2f}; at or below the boundary of {boundary:.2f} lie {_share(low[0])} of "
-        f"the clean and {_share(low[1])} of the others"
+        f"{what[1]}, median {median(other):.2f}; at or below the boundary of {boundary:.2f} lie {share(low[0])} of "
+        f"the clean and {share(low[1])} of the others"
     )
     return chart(draw, alt)
 
@@ -151,8 +90,8 @@ def _judged(finding: Finding, classes: tuple[str, ...]) -> tuple[list[float], tu
     if found:
         best = max(found, key=lambda row: float(row["score"]))
         target = index(best.get("target"), len(classes))
-        short = "with a trigger" if target is None else f"with trigger for {_label(target, classes)}"
-        where = "" if target is None else f" for {_name(target, classes)}"
+        short = "with a trigger" if target is None else f"with trigger for {label_of(target, classes)}"
+        where = "" if target is None else f" for {name_of(target, classes)}"
         return numbers(best["entropies"]), (short, f"under the best candidate trigger{where}")
     stream = [] if finding.input_scores is None else [-v for v in finding.input_scores.tolist()]
     return stream, ("stream", "of the stream")
@@ -175,7 +114,7 @@ def brain_stimulation(finding: Finding, classes: tuple[str, ...]) -> Picture | N
         for rank, k in enumerate(others):
             label = "the other classes" if rank == 0 else None
             axes.plot(levels, lines[k], color=REST, linewidth=1.4, label=label)
-        label = f"lifted: {_label(target, classes)}"
+        label = f"lifted: {label_of(target, classes)}"
         axes.plot(levels, lines[target], "o-", color=SAID, linewidth=2.0, markeredgecolor="white", label=label)
         place = where if drawable(where) else "the channel"
         axes.set_xlabel(f"{place}, times largest activation", parse_math=False, fontsize=9)
@@ -183,11 +122,11 @@ def brain_stimulation(finding: Finding, classes: tuple[str, ...]) -> Picture | N
 
     alt = (
         f"ABS, mean logits by stimulation of {where}, in units of the layer's largest activation: "
-        f"{_name(target, classes)} from {_amount(lines[target, 0])} at {levels[0]:g} to {_amount(lines[target, -1])} "
+        f"{name_of(target, classes)} from {amount(lines[target, 0])} at {levels[0]:g} to {amount(lines[target, -1])} "
         f"at {levels[-1]:g}"
     )
     if others:
-        alt += f"; the highest other class there is {_name(others[0], classes)} with {_amount(lines[others[0], -1])}"
+        alt += f"; the highest other class there is {name_of(others[0], classes)} with {amount(lines[others[0], -1])}"
     return chart(draw, alt)
 
 
@@ -213,108 +152,25 @@ def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None
         rest = [0.0 if k == target else size[k] for k in shown]
         axes.bar(places, rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
         if target is not None:
-            at, label = shown.index(target), f"reported: {_label(target, classes)}"
+            at, label = shown.index(target), f"reported: {label_of(target, classes)}"
             axes.bar([at], [size[target]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
-        axes.axhline(middle, color=INK, linewidth=1.2, linestyle=DASHED, label=f"median: {_amount(middle)}")
+        axes.axhline(middle, color=INK, linewidth=1.2, linestyle=DASHED, label=f"median: {amount(middle)}")
         _name_bars(axes, shown, classes)
         axes.set_ylabel("L1 norm of the mask, pixels")
 
     alt = (
         f"Neural Cleanse, L1 norm in pixels of the smallest mask for each of {len(norms)} classes"
         f"{f', {without} more have no mask that works' if without else ''}: "
-        f"median {_amount(middle)}, smallest {_amount(size[smallest])} for {_name(smallest, classes)}"
+        f"median {amount(middle)}, smallest {amount(size[smallest])} for {name_of(smallest, classes)}"
     )
     alt += (
         "; no class is reported"
         if target is None
-        else f"; reported is {_name(target, classes)} with {_amount(size[target])}"
+        else f"; reported is {name_of(target, classes)} with {amount(size[target])}"
     )
     if len(shown) < len(norms):
         alt += f"; the {len(shown)} smallest are shown"
     return chart(draw, alt)
-
-
-def pruning_detection(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
-    """Accuracies of the pruned copies, in the order in which filters are chosen, and that of the network as it is."""
-    accuracies, whole = numbers(finding.details.get("accuracies")), number(finding.details.get("accuracy"))
-    if not accuracies or whole is None:
-        return None
-    # Only targeted copies have an order: the first loses the lightest filters of every layer, the last the heaviest.
-    ordered = setting(finding, "sampling") == "targeted"
-
-    def draw(axes: Axes) -> None:
-        places = range(1, len(accuracies) + 1)
-        axes.axhline(whole, color=INK, linewidth=1.2, linestyle=DASHED, label=f"as it is: {_share(whole)}")
-        axes.plot(
-            places, accuracies, "o-", color=SAID, linewidth=1.4, markersize=7, markeredgecolor="white", label="pruned"
-        )
-        # Not from 0: what matters is how far copies differ, if only by a few points.
-        low, high = min(whole, *accuracies), max(whole, *accuracies)
-        room = max(0.02, 0.2 * (high - low))
-        axes.set_ylim(max(-0.03, low - room), min(1.03, high + room))
-        axes.set_xlim(0.5, len(accuracies) + 0.5)
-        axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("copy without the lightest to the heaviest filters" if ordered else "pruned copy")
-        axes.set_ylabel("accuracy")
-
-    worst = min(range(len(accuracies)), key=lambda s: accuracies[s])
-    alt = (
-        f"Pruning-based detection, accuracies of {len(accuracies)} pruned copies: {_share(min(accuracies))} (copy "
-        f"{worst + 1}) to {_share(max(accuracies))}, mean {_share(fmean(accuracies))}; unpruned {_share(whole)}"
-    )
-    return chart(draw, alt)
-
-
-CHARTS: dict[str, Chart] = {
-    "pruning_detection": Chart(
-        pruning_detection,
-        "Accuracy of copies that each lose other filters. How far it falls, and where, tells networks apart.",
-    ),
-    "fine_pruning": Chart(
-        fine_pruning,
-        "Accuracy while channels are cut, those first that clean images leave asleep. Pruning stops before it falls "
-        "below the tolerance.",
-    ),
-    "spectral_signatures": Chart(
-        spectral_signatures,
-        "Training samples of the class that sticks out most, by how far they lie out along its leading axis.",
-    ),
-    "strip": Chart(
-        strip,
-        "How undecided the model is when other images are mixed in. Under a trigger it stays sure: left of the line.",
-    ),
-    "abs": Chart(
-        brain_stimulation,
-        "Logits while one channel is stimulated. A compromised channel lifts one class above all others.",
-    ),
-    "neural_cleanse": Chart(
-        neural_cleanse,
-        "Size of the smallest mask that sends images to each class. A backdoor needs an abnormally small one.",
-    ),
-}
-"""Drawings by name of the defense, in the order of the rounds."""
-
-
-def _name(k: int, classes: Sequence[str]) -> str:
-    """The name of a class, shortened, in quotes."""
-    return f"“{legible(classes[k], 40)}”" if 0 <= k < len(classes) else f"class {k}"
-
-
-def _label(k: int, classes: Sequence[str]) -> str:
-    """The name of a class as it can be drawn: shortened; its number where the font lacks a letter."""
-    name = legible(classes[k], 16) if 0 <= k < len(classes) else ""
-    return f"“{name}”" if name and drawable(name) else f"class {k}"
-
-
-def _share(value: float) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f} %"
-
-
-def _amount(value: float) -> str:
-    """A number with three digits that count, and a real minus sign."""
-    text = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-    return text.replace("-", "−")
 
 
 def _edges(largest: float, threshold: float | None) -> NDArray[np.float64]:
