@@ -374,6 +374,22 @@ def test_what_a_network_learns_of_perturbed_pictures_is_what_was_measured() -> N
             assert cell == ", ".join(f"{100 * row[name]:.1f}" for row in rows if name in row)
 
 
+def test_why_label_consistent_fails_on_digits_is_what_was_measured() -> None:
+    lines = (ROOT / "benchmarks/results/label_consistent-digits.jsonl").read_text().splitlines()
+    measured = [json.loads(line) for line in lines]
+    shown = table("docs/reference/attacks/label_consistent.md", "Why it fails on MNIST")
+    assert len(shown) == len(measured)
+    for cells, row in zip(shown, measured, strict=True):
+        told = [row["right"], row["accuracy"], row["asr"], row["ink"]["0.5"], row["ink"]["0.1"]]
+        assert cells[1:6] == [f"{100 * value:.1f}" for value in told]
+        assert cells[6] == f"{100 * row['ink']['0.0']:.0f}"
+        words = {"network": row["network"], "target": f"target {row['target']}", "optimizer": "SGD"}
+        words |= {"epsilon": f"by {row['epsilon']:g}", "cover_rate": f"covers {row['cover_rate']:g}"}
+        words |= {"mixed": f"{100 * row['mixed']:.0f} % another digit", "noise": f"noise of {row['noise']:g}"}
+        usual = measured[0]
+        assert all((word in cells[0]) == (row[name] != usual[name]) for name, word in words.items()), cells[0]
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_page_of_an_attack_shows_ten_pictures_under_its_trigger(attack: str) -> None:
     folder = ROOT / "docs/reference/attacks"
