@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from molehunt.attacks import BadNets
-from molehunt.defenses import STRIP, FinePruning, NeuralCleanse
+from molehunt.defenses import STRIP, Defense, FinePruning, NeuralCleanse, Unlearning
 from molehunt.findings import Candidate, Finding
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import train_model
@@ -44,7 +44,23 @@ def made(task_name: str, network: str, color: str) -> Case:
     return Case(task, backdoored.eval(), twin.eval(), poisoned.trigger, *task.secret(3))
 
 
-def found(defense: STRIP | NeuralCleanse | FinePruning, suspect: Suspect) -> Finding:
+class Repaired(NamedTuple):
+    """What a repair leaves on hidden images."""
+
+    accuracy: float
+    asr: float
+
+
+def repaired(case: Case, finding: Finding) -> Repaired:
+    assert finding.repaired is not None
+    model = copy.deepcopy(case.backdoored)
+    model.load_state_dict(dict(finding.repaired))
+    after = measure(model.eval(), case.hidden, case.trigger)
+    assert after.stamped is not None
+    return Repaired(accuracy(after.plain, after.y), asr(after.stamped, after.y, TARGET))
+
+
+def found(defense: Defense, suspect: Suspect) -> Finding:
     outcome = inspect(defense, suspect, seed=3)
     assert isinstance(outcome, Finding), outcome
     return outcome
@@ -54,14 +70,15 @@ def found(defense: STRIP | NeuralCleanse | FinePruning, suspect: Suspect) -> Fin
 @pytest.mark.parametrize(
     ("task", "network", "color", "least", "lost", "left"),
     [
-        # A repair leaves of a square on MNIST between nothing and nearly all, by the model; of this one 0.80.
-        ("mnist", "badnets_cnn", "white", 0.988, 0.02, 0.9),
+        # Of a square on MNIST fine-pruning leaves anything from nothing to nearly all, by the model and by the machine
+        # that trained it (see its page), so nothing is promised of it there but accuracy.
+        ("mnist", "badnets_cnn", "white", 0.988, 0.02, None),
         # Fine-pruning may cost 4 points of 200 held-out pictures, which is known to 3 more; see its page.
         ("cifar10", "narrow_cifar", "yellow", 0.82, 0.07, 0.5),
     ],
 )
 def test_a_backdoor_is_learned_found_and_weakened(
-    task: str, network: str, color: str, least: float, lost: float, left: float
+    task: str, network: str, color: str, least: float, lost: float, left: float | None
 ) -> None:
     case = made(task, network, color)
     answers = measure(case.backdoored, case.hidden, case.trigger)
@@ -96,11 +113,13 @@ def test_a_backdoor_is_learned_found_and_weakened(
     assert judged[1].score is not None
     assert judged[0].score > judged[1].score + 0.2
 
-    repaired = copy.deepcopy(case.backdoored)
-    state = found(FinePruning(), Suspect.of(case.backdoored, case.task, clean=case.clean)).repaired
-    assert state is not None
-    repaired.load_state_dict(dict(state))
-    after = measure(repaired.eval(), case.hidden, case.trigger)
-    assert after.stamped is not None
-    assert accuracy(after.plain, after.y) >= accuracy(answers.plain, answers.y) - lost
-    assert asr(after.stamped, after.y, TARGET) <= left
+    pruned = repaired(case, found(FinePruning(), Suspect.of(case.backdoored, case.task, clean=case.clean)))
+    assert pruned.accuracy >= accuracy(answers.plain, answers.y) - lost
+    assert left is None or pruned.asr <= left
+
+    # With the trigger that was recovered, and judged by the true one.
+    candidates = (Candidate(trigger=inverted[0].trigger, target=6, defense="neural_cleanse"),)
+    suspect = Suspect.of(case.backdoored, case.task, clean=case.clean, candidates=candidates)
+    unlearned = repaired(case, found(Unlearning(), suspect))
+    assert unlearned.accuracy >= accuracy(answers.plain, answers.y) - lost
+    assert unlearned.asr <= 0.1
