@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molehunt.attacks import ATTACKS
 from molehunt.confinement import Limits
+from molehunt.defenses import Unlearning
 from molehunt.game.attacker import describe
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
@@ -372,6 +373,70 @@ def test_what_a_network_learns_of_perturbed_pictures_is_what_was_measured() -> N
     for key, rows in measured.items():
         for cell, name in zip(shown[key], ("accuracy", "asr", "perturbed_to_target"), strict=True):
             assert cell == ", ".join(f"{100 * row[name]:.1f}" for row in rows if name in row)
+
+
+def middle(values: list[float], digits: int) -> str:
+    """A median with its range, as pages have it."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def lines_of(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("defense", ["unlearning", "neuron_pruning"])
+def test_the_figures_of_a_mitigation_are_those_that_were_measured(defense: str) -> None:
+    shown = {row[0]: row[2:] for row in table(f"docs/reference/defenses/{defense}.md", "Figures")}
+    for attack, word in (("badnets", "square"), ("blended", "blend")):
+        rows = [row for row in lines_of("mitigations") if row["attack"] == attack and not row["settings"]]
+        assert len(rows) == 10
+        assert shown[f"MNIST, {word}"] == [
+            middle([100 * row["before"]["asr"] for row in rows], 2),
+            middle([100 * row[defense]["asr"] for row in rows], 2),
+            middle([100 * (row["before"]["accuracy"] - row[defense]["accuracy"]) for row in rows], 2),
+            middle([row[defense]["seconds"] for row in rows if row[defense]["triggers"]], 2),
+        ]
+        assert all(row["unlearning"]["configuration"]["lr"] == Unlearning().lr for row in rows), "today's defaults"
+
+
+def test_the_figures_of_the_activation_filter_are_those_that_were_measured() -> None:
+    shown = {row[0]: row[1:] for row in table("docs/reference/defenses/neuron_pruning.md", "Activation filter")}
+    for attack, word in (("badnets", "square"), ("blended", "blend")):
+        rows = [row for row in lines_of("mitigations") if row["attack"] == attack]
+        found = [row["activation_filter"] for row in rows if "activation_filter" in row]
+        assert shown[word] == [
+            f"{len(found)} of {len(rows)}",
+            middle([f["auc"] for f in found], 3),
+            middle([100 * f["let_through"] for f in found], 1),
+            middle([100 * f["false_alarms"] for f in found], 1),
+        ]
+
+
+def test_what_repairs_leave_and_how_unlearning_was_set_is_what_was_measured() -> None:
+    shown = {row[0]: row[1:] for row in table("docs/reference/defenses/unlearning.md", "Beside the other repairs")}
+    rows = lines_of("repairs-develop")
+    assert shown.keys() == rows[0]["repairs"].keys()
+    for name, cells in shown.items():
+        # Where a repair hands nothing back the model is what it was.
+        said = [row["repairs"][name] or row for row in rows]
+        lost = [100 * (row["accuracy"] - one["accuracy"]) for row, one in zip(rows, said, strict=True)]
+        assert cells == [str(len(rows)), middle([100 * one["asr"] for one in said], 1), middle(lost, 1)]
+
+    words = {"0.005": {"lr": 0.005}, "0.01": {"lr": 0.01}, "0.02": {}, "0.05": {"lr": 0.05}}
+    words |= {"200 steps": {"steps": 200}, "half of the pictures": {"share": 0.5}}
+    tried = table("docs/reference/defenses/unlearning.md", "How the rate was chosen")
+    assert len(tried) == len(words)
+    for (word, settings), cells in zip(words.items(), tried, strict=True):
+        assert word in cells[0]
+        wanted = []
+        for attack in ("badnets", "blended"):
+            mine = [r for r in lines_of("mitigations-develop") if r["attack"] == attack and r["settings"] == settings]
+            assert len(mine) == 5
+            wanted.append(middle([100 * row["unlearning"]["asr"] for row in mine], 2))
+            wanted.append(
+                middle([100 * (row["before"]["accuracy"] - row["unlearning"]["accuracy"]) for row in mine], 2)
+            )
+        assert cells[1:] == wanted
 
 
 def test_why_label_consistent_fails_on_digits_is_what_was_measured() -> None:
