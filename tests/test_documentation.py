@@ -208,6 +208,19 @@ def test_the_figures_of_populations_are_those_that_were_measured() -> None:
             assert float(goal) == figure["goal"], title
 
 
+def test_the_figures_of_the_guard_are_those_that_were_measured() -> None:
+    (row,) = [row for row in lines_of("population") if row["kind"] == "guard"]
+    shown = table("docs/reference/bank.md", "The guard")
+    for cells, sort in zip(shown, ("repeated", "added", "backdoored"), strict=True):
+        chance, norm = row[sort]["permuted"], row["norm"]
+        assert cells[0].startswith(f"*{sort}*")
+        assert cells[1:] == [
+            f"{row[sort]['auc']:.3f}",
+            f"{chance['min']:.2f} to {chance['max']:.2f}",
+            f"{norm['clean']['median']:.2f} and {norm[sort]['median']:.2f}",
+        ]
+
+
 def test_the_figures_of_badnets_are_those_that_were_measured() -> None:
     figures = json.loads((ROOT / "benchmarks/results/training.json").read_text())["figures"]
     rows = {row[0]: row for row in table("docs/reference/attacks/badnets.md", "Figures")}
