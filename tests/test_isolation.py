@@ -20,6 +20,7 @@ from molehunt.defenses import STRIP
 from molehunt.engine import Run
 from molehunt.findings import Abstention, Candidate, Failure, Finding
 from molehunt.isolation import Sandbox
+from molehunt.metas import Meta, Settings
 from molehunt.networks import build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, Task
@@ -318,6 +319,7 @@ class TestAnswers:
             suspect.model, TASK, clean=suspect.clean, training=suspect.clean, inputs=patch(suspect.clean.x[:8]),
             candidates=tuple(Candidate(trigger=t, target=3, defense="a") for t in (patch, wave)),
             references=(suspect.model, suspect.model), dtype=torch.float32,
+            metas=(Meta(TASK.shape, 10, TASK.mean, TASK.std, Settings(queries=3), torch.Generator().manual_seed(1)),),
         )  # fmt: skip
         ours = runner.inspect(Everything(), full, seed=5, seconds=60)
         theirs = sandbox.inspect(Everything(), full, seed=5, seconds=60)
@@ -360,15 +362,17 @@ class Everything:
         assert suspect.inputs is not None
         assert suspect.candidates is not None
         assert suspect.references is not None
+        assert suspect.metas is not None
         x = suspect.clean.x[:4].clone().requires_grad_()
         suspect.forward(x).sum().backward()  # type: ignore[no-untyped-call]
         assert x.grad is not None
         stamped = [suspect.logits(c.trigger(suspect.training.x)).mean(0) for c in suspect.candidates]
         references = sum(float(m(suspect.inputs).sum()) for m in suspect.references)
         noise = torch.rand(10, generator=run.rng)
+        read = sum(float(meta.scores([suspect.model])[0]) for meta in suspect.metas)
         return Finding(
             defense="?",
-            score=float(x.grad.sum()) + references + float(suspect.training.y.sum()),
+            score=float(x.grad.sum()) + references + read + float(suspect.training.y.sum()),
             class_scores=torch.stack(stamped).sum(0) + noise,
             input_scores=suspect.logits(suspect.inputs).amax(1),
             trigger=suspect.candidates[0].trigger,
