@@ -290,17 +290,16 @@ def test_the_figures_of_the_bank_are_those_that_were_measured(task: str, heading
     assert f"of {whole[0]} planted models {whole[1]} pass" in text
 
 
-def test_the_grid_of_gradient_shaping_is_what_was_measured() -> None:
+@pytest.mark.parametrize(("attack", "title"), [("badnets", "The grid"), ("blended", "The grid, Blended")])
+def test_the_grid_of_gradient_shaping_is_what_was_measured(attack: str, title: str) -> None:
     rows = [
-        row
-        for row in rows_of("gradient_shaping")
-        if (row["attack"], row["seed"], row["task"]) == ("badnets", 0, "mnist")
+        row for row in rows_of("gradient_shaping") if (row["attack"], row["seed"], row["task"]) == (attack, 0, "mnist")
     ]
     told = {(row["factor"], row["sigma"]): in_percent([row["after"]], "accuracy", "asr") for row in rows}
     page = "docs/reference/defenses/gradient_shaping.md"
     shown = {
         (float(factor), sigma): cell.split(" / ")
-        for factor, *cells in table(page, "The grid")
+        for factor, *cells in table(page, title)
         for sigma, cell in zip((0.0, 0.01, 0.1, 1.0), cells, strict=True)
     }
     control = told.pop((None, 0.0))
