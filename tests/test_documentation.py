@@ -292,19 +292,21 @@ def test_the_figures_of_the_bank_are_those_that_were_measured(task: str, heading
 
 @pytest.mark.parametrize(("attack", "title"), [("badnets", "The grid"), ("blended", "The grid, Blended")])
 def test_the_grid_of_gradient_shaping_is_what_was_measured(attack: str, title: str) -> None:
-    rows = [
-        row for row in rows_of("gradient_shaping") if (row["attack"], row["seed"], row["task"]) == (attack, 0, "mnist")
-    ]
-    told = {(row["factor"], row["sigma"]): in_percent([row["after"]], "accuracy", "asr") for row in rows}
+    told: dict[tuple[Any, Any], list[str]] = {}
+    for row in sorted(rows_of("gradient_shaping"), key=lambda row: int(row["seed"])):
+        if (row["attack"], row["task"]) == (attack, "mnist") and row["seed"] in (0, 1):
+            cell = " / ".join(in_percent([row["after"]], "accuracy", "asr"))
+            told.setdefault((row["factor"], row["sigma"]), []).append(cell)
     page = "docs/reference/defenses/gradient_shaping.md"
     shown = {
-        (float(factor), sigma): cell.split(" / ")
+        (float(factor), sigma): cell.split("; ")
         for factor, *cells in table(page, title)
         for sigma, cell in zip((0.0, 0.01, 0.1, 1.0), cells, strict=True)
     }
     control = told.pop((None, 0.0))
     assert shown == told
-    assert f"without clipping and noise: {' / '.join(control)}." in (ROOT / page).read_text()
+    assert all(len(cells) == 2 for cells in told.values())
+    assert f"without clipping and noise: {'; '.join(control)}." in (ROOT / page).read_text()
 
 
 def test_how_fresh_models_are_judged_is_what_was_measured() -> None:
