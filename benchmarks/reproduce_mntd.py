@@ -28,7 +28,8 @@ from torch import Tensor
 from molehunt.attacks import SIG
 from molehunt.attacks.jumbo import jumbo
 from molehunt.game.attacker import parse_settings
-from molehunt.metas import Meta, Settings, fit
+from molehunt.meta_training import fit
+from molehunt.metas import Meta, Settings
 from molehunt.networks import Network
 from molehunt.runner import generator
 from molehunt.shadows import JumboDraw, Shadows

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from molehunt.metas import FEATURES, Meta, Settings, digest, fit, fit_one_class
+from molehunt.meta_training import fit, fit_one_class
+from molehunt.metas import FEATURES, Meta, Settings, digest
 from molehunt.testing import auc
 
 SHAPE, CLASSES = (1, 4, 4), 4

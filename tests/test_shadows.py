@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from molehunt import metas, shadows
+from molehunt import meta_training, shadows
 from molehunt.attacks import BadNets
 from molehunt.metas import Settings, digest
 from molehunt.shadows import JumboDraw, Shadows
@@ -71,7 +71,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_gives_the_same(monkeypatc
     again = replace(SMALL)
     for path in again.folder.glob("meta-*"):
         path.unlink()
-    fit, calls = metas.fit, 0
+    fit, calls = meta_training.fit, 0
 
     def dying(*arguments: Any) -> Any:
         nonlocal calls

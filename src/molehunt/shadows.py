@@ -15,7 +15,8 @@ from molehunt.attacks import Attack, Poisoned
 from molehunt.attacks.jumbo import jumbo
 from molehunt.datasets import cache
 from molehunt.files import write_atomically
-from molehunt.metas import Meta, Settings, fit
+from molehunt.meta_training import fit
+from molehunt.metas import Meta, Settings
 from molehunt.networks import Network
 from molehunt.runner import generator
 from molehunt.suspect import freeze

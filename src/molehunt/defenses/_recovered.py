@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molehunt.findings import Candidate
-from molehunt.suspect import freeze
+from molehunt.defenses._held_out import split
+from molehunt.engine import Run
+from molehunt.findings import Candidate, Finding
+from molehunt.suspect import Suspect, freeze
 from molehunt.tasks import Images
 from molehunt.training import accuracy
 
@@ -73,7 +75,40 @@ def told(found: Sequence[Recovered], model: nn.Module, held: Images) -> list[dic
     ]
 
 
-def nothing_works(candidates: Sequence[Candidate], least: float) -> str:
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What a defense begins with that works on recovered triggers.
+
+    Attributes:
+        images: clean images to work with.
+        held: clean images that measure.
+        found: the candidates that work; empty where there is nothing to do.
+        idle: the finding that says so, by the name of the defense.
+    """
+
+    images: Images
+    held: Images
+    found: list[Recovered]
+    idle: Finding
+
+
+def ready(name: str, suspect: Suspect, held_out: float, works: float, run: Run) -> Ready:
+    """Part the clean images, and see which candidates work.
+
+    Raises:
+        ValueError: fewer than four clean images, or of a candidate it cannot be said whether it works.
+    """
+    run.check()
+    if suspect.clean is None or len(suspect.clean.y) < 4:
+        raise ValueError(f"{name} needs 4 clean images or more, to work with and to hold out")
+    images, held = split(suspect.clean, held_out, run.rng)
+    candidates = suspect.candidates or ()
+    details = {"triggers": [], "warnings": [_nothing_works(candidates, works)]}
+    found = working(suspect.model, held, candidates, works)
+    return Ready(images, held, found, Finding(defense=name, details=details))
+
+
+def _nothing_works(candidates: Sequence[Candidate], least: float) -> str:
     """Why there is nothing to do."""
     if not candidates:
         return "no trigger was recovered"

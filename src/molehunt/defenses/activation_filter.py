@@ -5,8 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from molehunt.defenses._held_out import split
-from molehunt.defenses._recovered import nothing_works, working
+from molehunt.defenses._recovered import ready
 from molehunt.defenses.neuron_pruning import gaps, penultimate
 from molehunt.engine import Run
 from molehunt.findings import Finding
@@ -58,19 +57,12 @@ class ActivationFilter:
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Score the suspect's inputs; see the class."""
-        run.check()
-        if suspect.clean is None or len(suspect.clean.y) < 4:
-            raise ValueError("the activation filter needs 4 clean images or more")
         if suspect.inputs is None or len(suspect.inputs) == 0:
             raise ValueError("the activation filter needs inputs to score")
-        rank, held = split(suspect.clean, self.held_out, run.rng)
-        candidates = suspect.candidates or ()
-        found = working(suspect.model, held, candidates, self.works)
+        start = ready("activation_filter", suspect, self.held_out, self.works, run)
+        rank, held, found = start.images, start.held, start.found
         if not found:
-            return Finding(
-                defense="activation_filter",
-                details={"triggers": [], "warnings": [nothing_works(candidates, self.works)]},
-            )
+            return start.idle
         gap = gaps(suspect, rank, found, run)  # (T, D)
         most = max(1, round(self.share * gap.shape[1]))
         chosen = gap.argsort(dim=1, descending=True, stable=True)[:, :most]

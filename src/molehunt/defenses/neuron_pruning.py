@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from molehunt.defenses._held_out import HAIR, split
-from molehunt.defenses._recovered import Recovered, nothing_works, others, rebuilt, told, working
+from molehunt.defenses._held_out import HAIR
+from molehunt.defenses._recovered import Recovered, others, ready, rebuilt, told
 from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.networks import features
@@ -66,16 +66,10 @@ class NeuronPruning:
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Prune a copy of the suspect; see the class."""
-        run.check()
-        if suspect.clean is None or len(suspect.clean.y) < 4:
-            raise ValueError("neuron pruning needs 4 clean images or more, to rank with and to hold out")
-        rank, held = split(suspect.clean, self.held_out, run.rng)
-        candidates = suspect.candidates or ()
-        found = working(suspect.model, held, candidates, self.works)
+        start = ready("neuron_pruning", suspect, self.held_out, self.works, run)
+        rank, held, found = start.images, start.held, start.found
         if not found:
-            return Finding(
-                defense="neuron_pruning", details={"triggers": [], "warnings": [nothing_works(candidates, self.works)]}
-            )
+            return start.idle
         head = suspect.anatomy.head
         order = self.order(suspect, rank, found, run)
         accuracies, successes = levels(suspect, head, held, found, order, run)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from molehunt.defenses._fresh import trainable
-from molehunt.defenses._held_out import HAIR, split
-from molehunt.defenses._recovered import Recovered, nothing_works, rebuilt, told, working
+from molehunt.defenses._held_out import HAIR
+from molehunt.defenses._recovered import Recovered, ready, rebuilt, told
 from molehunt.engine import OutOfTime, Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
@@ -87,16 +87,10 @@ class Unlearning:
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Repair a copy of the suspect; see the class."""
-        run.check()
-        if suspect.clean is None or len(suspect.clean.y) < 4:
-            raise ValueError("unlearning needs 4 clean images or more, to tune on and to hold out")
-        tune, held = split(suspect.clean, self.held_out, run.rng)
-        candidates = suspect.candidates or ()
-        found = working(suspect.model, held, candidates, self.works)
+        start = ready("unlearning", suspect, self.held_out, self.works, run)
+        tune, held, found = start.images, start.held, start.found
         if not found:
-            return Finding(
-                defense="unlearning", details={"triggers": [], "warnings": [nothing_works(candidates, self.works)]}
-            )
+            return start.idle
         owner = self.stamped(tune, found, run.rng)
         before = accuracy(suspect.model, held)
         best, rates, warnings = self._repair(suspect, tune, held, owner, found, run, before - self.tolerance)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.findings import Candidate
-from molehunt.metas import Meta, Settings, fit
+from molehunt.meta_training import fit
+from molehunt.metas import Meta, Settings
 from molehunt.networks import Network, Normalize
 from molehunt.suspect import Access, Suspect, freeze
 from molehunt.tasks import Images, Split, Task
