@@ -292,3 +292,10 @@ def test_a_plug_in_has_no_chart_whatever_its_details_are() -> None:
     odd = {"curve": "x", "norms": {"a": 1}, "outliers": 3, "candidates": [1, None]}
     assert chart_of(Finding(defense="my_own", details=odd), DIGITS) is None
     assert chart_of(replace(curve(), defense="my_own"), DIGITS) is None
+
+
+def test_success_falls_below_accuracy_where_neurons_of_the_trigger_are_cut() -> None:
+    picture = made("neuron_pruning")
+    # Where three of four neurons are cut success is .02, at the foot of the picture, and accuracy .9.
+    rows = np.nonzero(seen(picture, SAID)[:, int(0.72 * picture.width) : int(0.78 * picture.width)])[0]
+    assert rows.min() > 0.75 * picture.height
