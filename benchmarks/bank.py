@@ -33,6 +33,7 @@ from molehunt import bank, calibration
 from molehunt.bank import scores
 from molehunt.bank.roster import OPAQUE
 from molehunt.bank.rows import backdoored, folder_of
+from molehunt.bank.scored import Scored
 from molehunt.commands.evaluation import Elsewhere
 from molehunt.datasets import cache
 from molehunt.defenses import Defense, available
@@ -85,7 +86,7 @@ def run(task: str, network: str, partition: str, most: int | None, jobs: int, ro
     listed = bank.entries(task, network, partition, most=most)
     torch.set_num_threads(1)
 
-    def keep(row: bank.Row | scores.Scored) -> None:
+    def keep(row: bank.Row | Scored) -> None:
         append(name, {"busy": round(os.getloadavg()[0], 2), "at": round(time.time()), "row": asdict(row)})
 
     def grown(row: bank.Row, done: int, total: int) -> None:
@@ -93,7 +94,7 @@ def run(task: str, network: str, partition: str, most: int | None, jobs: int, ro
         rate = "" if row.asr is None else f", ASR {row.asr:.1%}"
         print(f"{done}/{total} {row.name} {row.kind}: {row.accuracy:.1%}{rate}, {row.seconds:.0f} s", flush=True)
 
-    def scored(found: scores.Scored) -> None:
+    def scored(found: Scored) -> None:
         keep(found)
         print(found.name, {k: round(v, 3) for k, v in found.scores.items() if v is not None}, found.failed, flush=True)
 

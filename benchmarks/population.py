@@ -212,7 +212,7 @@ def official_shadows(folder: Path, some: Sequence[Member]) -> list[Grown]:
     """Train shadows by the official recipe, as many at a time as there are cores; those on disk are read."""
     folder.mkdir(parents=True, exist_ok=True)
     task, found = get_task("mnist"), []
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     paths = (Processes(cores, 1) if cores > 1 else Local()).map(partial(official_shadow, folder), some)
     for member, path in track(zip(some, paths, strict=True), description="official", total=len(some)):
         network = build("mntd_mnist", task.shape, task.num_classes)

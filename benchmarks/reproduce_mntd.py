@@ -92,7 +92,7 @@ def targets(kind: str, count: int, develop: bool) -> Plan:
 def grown(kind: str, count: int, develop: bool, state: Path) -> list[Network]:
     """Train or read targets of one kind, one network per block, spread over the processors."""
     folder = state / f"targets-{kind}-{'develop' if develop else 'report'}-{count}"
-    layout = Layout(block=1, processes=os.cpu_count() or 1)
+    layout = Layout(block=1, processes=len(os.sched_getaffinity(0)))
     found = []
     for one in train_population(targets(kind, count, develop), folder, layout=layout):
         freeze(one.network)

@@ -76,5 +76,6 @@ def test_only_the_round_about_removals_asks_every_repair(name: str) -> None:
 
 def test_who_scores_and_who_repairs() -> None:
     every = {name: kind() for name, kind in DEFENSES.items()}
-    assert set(scoring(every)) == {"abs", "neural_cleanse", "pruning_detection", "strip"} == set(every) - SCORELESS
+    scorers = {"abs", "mntd", "neural_cleanse", "pruning_detection", "rab", "sentinet", "strip"}
+    assert set(scoring(every)) == scorers == set(every) - SCORELESS
     assert set(every) - set(without_repairs(every)) == REPAIRS

@@ -18,7 +18,20 @@ import typer
 import typer.main
 
 import molehunt
-from molehunt.commands import bank, calibrate, check, consoles, convert, data, evaluate, play, scan, starter, train
+from molehunt.commands import (
+    bank,
+    calibrate,
+    check,
+    consoles,
+    convert,
+    data,
+    evaluate,
+    play,
+    scan,
+    shadows,
+    starter,
+    train,
+)
 from molehunt.commands.exits import DONE, INTERNAL, REFUSED, STOPPED, UNREAD, InputError
 from molehunt.legible import legible
 
@@ -42,6 +55,7 @@ app.command()(convert.convert)
 app.command()(scan.scan)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
+app.command()(shadows.shadows)
 app.add_typer(bank.app, name="bank")
 app.add_typer(data.app, name="data")
 

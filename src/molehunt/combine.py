@@ -297,7 +297,7 @@ def _incomparable(finding: Finding, population: Population) -> str | None:
     return "the reference models were scored in another configuration"
 
 
-LARGEST = frozenset({"strip"})
+LARGEST = frozenset({"strip", "sentinet"})
 """Built-in defenses whose score is the largest over what they judge: the more have looked, the higher it is."""
 
 

@@ -47,7 +47,8 @@ def informed(suspect: Suspect, outcomes: Mapping[str, Outcome]) -> Suspect:
 def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Names of the defenses that looked for triggers and finished, in order: they name one, or a score by class.
 
-    One that scores training samples has its class scores from them, and has looked for no trigger.
+    One that scores training samples has its class scores from them, and one that asks meta-classifiers from those;
+    neither has looked for a trigger.
 
     That none of them named a trigger is evidence. One that failed or abstained found nothing either, but that is none.
     """
@@ -55,7 +56,10 @@ def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
         name
         for name, outcome in outcomes.items()
         if isinstance(outcome, Finding)
-        and (outcome.trigger is not None or (outcome.class_scores is not None and outcome.sample_scores is None))
+        and (
+            outcome.trigger is not None
+            or (outcome.class_scores is not None and outcome.sample_scores is None and "metas" not in outcome.record)
+        )
     )
 
 

@@ -3,7 +3,7 @@
 import copy
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
@@ -14,6 +14,7 @@ from molehunt.calibration import Population
 from molehunt.defenses import Defense
 from molehunt.examination import Inspect, divide
 from molehunt.findings import Outcome, Verdict
+from molehunt.metas import Meta
 from molehunt.networks import Network
 from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
@@ -74,6 +75,7 @@ def scan(
     defenses: Mapping[str, Defense],
     inspect: Inspect,
     population: Population | None = None,
+    metas: Sequence[Meta] | None = None,
     recipe: str | None = None,
     device: str | None = None,
     found_at: float = FOUND_AT,
@@ -93,6 +95,7 @@ def scan(
         defenses: which to ask, by name.
         inspect: runs one of them, as in `examination.examine`.
         population: clean reference models to compare scores with, or None.
+        metas: meta-classifiers for models of this task and network, or None.
         recipe: name of the recipe by which the model says it was trained; None where nothing says so.
         device: where to work; a GPU when there is one, else the CPU.
         found_at: p from which the model is called backdoored.
@@ -101,7 +104,7 @@ def scan(
         notes: what else the report should say.
     """
     seen, held_out = divide(clean)
-    suspect = Suspect.of(model, task, clean=seen, device=device)
+    suspect = Suspect.of(model, task, clean=seen, metas=tuple(metas) if metas else None, device=device)
 
     def fuse(outcomes: Iterable[Outcome]) -> Verdict:
         return combine.verdict(

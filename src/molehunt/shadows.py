@@ -6,15 +6,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from molehunt import meta_files
 from molehunt.attacks import Attack, Poisoned
 from molehunt.attacks.jumbo import jumbo
 from molehunt.datasets import cache
-from molehunt.files import write_atomically
 from molehunt.meta_training import fit
 from molehunt.metas import Meta, Settings
 from molehunt.networks import Network
@@ -28,7 +27,6 @@ from molehunt.training.population import train_population
 
 Report = Callable[[str, int, int], None]
 """(what is being done, how much of it is done, how much there is)."""
-FORMAT = "molehunt meta-classifier 1"
 
 
 @dataclass(frozen=True)
@@ -120,6 +118,17 @@ class Shadows:
         name = f"{self.task.partition(':')[0]}-{self.network}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         return cache.root() / "shadows" / name
 
+    def about(self) -> dict[str, Any]:
+        """What a file of meta-classifiers should say of the models that they learned from."""
+        return {
+            "task": self.task,
+            "network": self.network,
+            "shadows": self.count,
+            "images": self.images,
+            "recipe": self.plan.recipe.to_json(),
+            "seed": self.seed,
+        }
+
     def targets(self) -> torch.Tensor:
         """Target class of every model, int64 (2 count,), -1 of a clean one."""
         task = get_task(self.task)
@@ -202,7 +211,7 @@ class Shadows:
                 fit(kept, networks, targets, rng, step)
                 if report:
                     report(title, total, total)
-                _write(kept, self._path(place, settings, seed))
+                meta_files.save((kept,), self._path(place, settings, seed), self.about())
                 # As it will be read from now on: frozen.
                 kept = Meta.from_json(kept.to_json(), kept.state_dict())
             found.append(kept)
@@ -213,19 +222,9 @@ class Shadows:
         return self.folder / f"meta-{hashlib.sha256(told.encode()).hexdigest()[:16]}-{place}.safetensors"
 
 
-def _write(meta: Meta, path: Path) -> None:
-    about = json.dumps({"format": FORMAT, **meta.to_json()})
-    write_atomically(path, [save({k: v.detach().contiguous() for k, v in meta.state_dict().items()}, {"about": about})])
-
-
 def _read(path: Path) -> Meta | None:
     """A kept meta-classifier; None where there is none, or the file is broken."""
-    if not path.exists():
-        return None
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        return Meta.from_json(about, tensors) if about.get("format") == FORMAT else None
-    except (SafetensorError, OSError, KeyError, AttributeError, ValueError):
+        return meta_files.load(path)[0] if path.exists() else None
+    except (ValueError, OSError):
         return None

@@ -11,22 +11,25 @@ import pytest
 import torch
 
 import molehunt
-from molehunt import runner
+from molehunt import meta_files, runner
 from molehunt.bank import roster, scores
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import build, poisoned, read_rows, regrow
-from molehunt.bank.scores import Scored, failures, population, score
+from molehunt.bank.scored import FINDERS, Scored
+from molehunt.bank.scores import failures, population, score
 from molehunt.calibration import load, save
 from molehunt.defenses import DEFENSES, REPAIRS, STRIP, Defense, FinePruning
 from molehunt.engine import Run
 from molehunt.examination import Inspect, searched
 from molehunt.findings import Finding, Outcome
 from molehunt.game.answers import measure
+from molehunt.metas import Meta, Settings, digest
 from molehunt.runner import inspect
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import get_task
 from molehunt.testing import attack_success, planted, share_right
 from molehunt.training import Recipe
+from molehunt.triggers import Patch
 
 HURRIED = Recipe(epochs=0.1, batch=50, optimizer="adamw", lr=4e-3, augment="crop", shift=1)
 LEARNING = replace(HURRIED, epochs=5.0, batch=25, warmup=0.25)
@@ -151,7 +154,7 @@ class TestCandidates:
     def test_who_looks_is_who_names_triggers_or_scores_classes(self) -> None:
         suspect = planted().suspect
         outcomes = {n: inspect(kind(), suspect, name=n, seed=0) for n, kind in DEFENSES.items() if n not in REPAIRS}
-        assert tuple(searched(outcomes)) == scores.FINDERS
+        assert tuple(searched(outcomes)) == FINDERS
 
     def test_where_somebody_may_look_nobody_is_added(self) -> None:
         alone: tuple[dict[str, Defense], ...] = (
@@ -202,7 +205,7 @@ class TestResuming:
         scoring({"heavy": Heavy()})
         scoring({"heavy": Heavy()})
         assert scoring.fresh == []
-        monkeypatch.setattr(scores, "digest", lambda kind: f"other code of {kind.__name__}")
+        monkeypatch.setattr("molehunt.bank.scored.digest", lambda kind: f"other code of {kind.__name__}")
         scoring({"heavy": Heavy()})
         assert scoring.fresh == [entry.name for entry in LISTED]
 
@@ -262,6 +265,132 @@ class TestResuming:
         (folder / "scores" / f"{scored.name}.json").write_text(json.dumps(old))
         assert scoring({"heavy": Heavy()})[0].scores == scored.scores
         assert scoring.fresh == [scored.name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Counts how often it is asked, and finds a trigger."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+    calls: ClassVar[list[str]] = []
+    target: int = 1
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        self.calls.append("tally")
+        trigger = Patch.square(suspect.task.shape)
+        return Finding(defense="tally", score=0.5, trigger=trigger, target=self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Answers which class the triggers aim at that others found."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.CANDIDATES}),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        Tally.calls.append("judge")
+        return Finding(defense="judge", score=float(sum(c.target for c in suspect.candidates or ())))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Scores a model by what meta-classifiers say."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset({Access.METAS}),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        Tally.calls.append("asking")
+        assert suspect.metas is not None
+        return Finding(defense="asking", score=float(suspect.metas[0].scores([suspect.model])[0]))
+
+
+def meta(seed: int) -> Meta:
+    """A meta-classifier that knows nothing."""
+    return Meta((1, 28, 28), 10, (0.5,), (0.3,), Settings(), torch.Generator().manual_seed(seed))
+
+
+class TestOneMoreDefense:
+    """A defense that is new, or other than it was, is asked alone; what the others said stands."""
+
+    @pytest.fixture
+    def scoring(self, folder: Path) -> Scoring:
+        Tally.calls.clear()
+        return Scoring(folder, LISTED[:1])
+
+    def test_a_new_one_is_asked_alone(self, scoring: Scoring) -> None:
+        first = scoring({"tally": Tally()})[0]
+        both = scoring({"tally": Tally(), "heavy": Heavy()})[0]
+        assert Tally.calls == ["tally"]
+        assert both.scores["tally"] == first.scores["tally"]
+        assert both.asked.keys() == both.code.keys() == both.scores.keys() == {"tally", "heavy"}
+        # Whoever else was asked, and when, it is the same score.
+        Tally.calls.clear()
+        again = Scoring(scoring.folder, LISTED[:1])({"heavy": Heavy()}, place="elsewhere")[0]
+        assert again.scores["heavy"] == both.scores["heavy"]
+        assert Tally.calls == []
+
+    def test_who_is_not_asked_any_more_is_left_out_and_nobody_is_asked(self, scoring: Scoring) -> None:
+        scoring({"tally": Tally(), "heavy": Heavy()})
+        found = scoring({"heavy": Heavy()})[0]
+        assert scoring.fresh == []
+        for part in (found.asked, found.code, found.scores, found.settings, found.costs):
+            assert part.keys() == {"heavy"}
+
+    def test_with_one_that_judges_those_who_search_are_asked_again(self, scoring: Scoring) -> None:
+        scoring({"tally": Tally(), "heavy": Heavy()})
+        found = scoring({"tally": Tally(), "heavy": Heavy(), "judge": Judge()})[0]
+        assert Tally.calls == ["tally", "tally", "judge"]
+        assert found.scores["judge"] == 1.0
+
+    def test_after_another_search_who_judges_is_asked_again(self, scoring: Scoring) -> None:
+        asked: dict[str, Defense] = {"tally": Tally(), "judge": Judge()}
+        scoring(asked)
+        assert scoring(asked | {"tally": Tally(target=3)})[0].scores["judge"] == 3.0
+        # One more that may search: there may be more triggers.
+        more = scoring(asked | {"tally": Tally(target=3), "other": Tally(target=4)})[0]
+        assert more.scores["judge"] == 7.0
+        Tally.calls.clear()
+        # And one less.
+        assert scoring({"judge": Judge(), "tally": Tally(target=3)})[0].scores["judge"] == 3.0
+        assert Tally.calls == ["tally", "judge"]
+
+    def test_one_that_only_judges_is_asked_again_beside_those_who_search(self, scoring: Scoring) -> None:
+        scoring({"tally": Tally(), "judge": Judge()})
+        path = scoring.folder / "scores" / f"{LISTED[0].name}.json"
+        row = json.loads(path.read_text())
+        row["code"]["judge"], row["scores"]["judge"] = "0" * 64, 9.0
+        path.write_text(json.dumps(row))
+        Tally.calls.clear()
+        assert scoring({"tally": Tally(), "judge": Judge()})[0].scores["judge"] == 1.0
+        assert Tally.calls == ["tally", "judge"]
+
+    def test_another_number_format_beside_what_is_kept_is_refused(self, scoring: Scoring) -> None:
+        scoring({"heavy": Heavy()})
+        path = scoring.folder / "scores" / f"{LISTED[0].name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float8"}))
+        with pytest.raises(ValueError, match="was scored in float8, and now in"):
+            scoring({"heavy": Heavy(), "tally": Tally()})
+
+    def test_other_meta_classifiers_give_other_scores(self, scoring: Scoring) -> None:
+        asked: dict[str, Defense] = {"tally": Tally(), "asking": Asking()}
+        one = scoring(asked, metas=[meta(0)])[0]
+        scoring(asked, metas=[meta(0)])
+        assert Tally.calls == ["tally", "asking"]
+        other = scoring(asked, metas=[meta(1)])[0]
+        assert Tally.calls == ["tally", "asking", "asking"]
+        assert one.scores["asking"] != other.scores["asking"]
+        assert one.settings["asking"]["metas"] != other.settings["asking"]["metas"]
+        # Without any it can have no opinion, and is not asked beside one that can.
+        assert scoring(asked, metas=[])[0].asked.keys() == {"tally"}
+
+    def test_meta_classifiers_of_the_package_are_granted(
+        self, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            meta_files, "shipped", lambda *names: (meta(2),) if names == ("mnist5k", "badnets_cnn") else None
+        )
+        found = scoring({"asking": Asking()})[0]
+        assert found.settings["asking"]["metas"] == digest([meta(2)])
 
 
 class TestFailures:

@@ -7,7 +7,7 @@ import torch
 
 from molehunt.bank.code import place_of
 from molehunt.bank.roster import Entry
-from molehunt.bank.scores import kept, population, with_finders
+from molehunt.bank.scores import answerable, kept, population, with_finders
 from molehunt.defenses import DEFENSES, SCORELESS
 from molehunt.testing import auc
 
@@ -18,7 +18,8 @@ def aucs(listed: Sequence[Entry], folder: Path, *, but: str) -> dict[str, float 
     Args:
         listed: the models.
         folder: of their bank.
-        but: a defense that is left out. Pure repairs are too: they have no score.
+        but: a defense that is left out. So are pure repairs, which have no score, and those that need evidence which
+            no bank has, such as the training set.
 
     Returns:
         By name the AUC in [0, 1]; None where a model was not scored by the code of today as it is now, with as many
@@ -29,7 +30,7 @@ def aucs(listed: Sequence[Entry], folder: Path, *, but: str) -> dict[str, float 
     """
     found: dict[str, float | None] = {}
     for name, kind in DEFENSES.items():
-        if name == but or name in SCORELESS:
+        if name == but or name in SCORELESS or not answerable(listed[0], kind()):
             continue
         found[name] = None
         done = kept(listed, folder, with_finders({name: kind()}), place=place_of(name, kind))

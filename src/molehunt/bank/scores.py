@@ -4,7 +4,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import molehunt
-from molehunt import strict_json
-from molehunt.bank.code import digest
+from molehunt import meta_files
 from molehunt.bank.roster import Entry
 from molehunt.bank.rows import Row, backdoored, poisoned, read_rows, regrow
+from molehunt.bank.scored import FINDERS, Scored, codes, judges, lacking, may_search, read_scored, renewed, restricted
 from molehunt.calibration import Population, Reference, recorded, settings, statistic
 from molehunt.defenses import DEFENSES, REPAIRS, Defense
 from molehunt.engine import Engine, Local
@@ -24,6 +23,8 @@ from molehunt.examination import Inspect, divide, examine, judges_candidates
 from molehunt.files import write_atomically
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.game.answers import accuracy, asr, measure
+from molehunt.metas import Meta
+from molehunt.metas import digest as digest_of
 from molehunt.runner import configuration
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import get_task
@@ -31,14 +32,11 @@ from molehunt.tasks import get_task
 Inspecting = Callable[[int], Inspect]
 """From the seed of a model to what runs defenses on it."""
 
-FINDERS = ("abs", "neural_cleanse")
-"""Built-in defenses that look for triggers; what they find others judge."""
 REPAIRED = 10
 """So many clean and as many planted models of a partition are repaired: enough for the mean of a curve."""
 
-
 GRANTED = frozenset({Access.CLEAN})
-"""Evidence that every model of a bank comes with."""
+"""Evidence that every model of a bank comes with; where there are meta-classifiers, they are granted too."""
 
 
 def with_finders(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
@@ -47,47 +45,9 @@ def with_finders(defenses: Mapping[str, Defense]) -> dict[str, Defense]:
     Nothing is added where a defense is asked that may look for triggers itself. Those who look come first.
     """
     waiting = {name for name, defense in defenses.items() if judges_candidates(defense, GRANTED)}
-    blind = DEFENSES.keys() - set(FINDERS)
-    if not waiting or defenses.keys() - waiting - blind:
+    if not waiting or may_search(defenses) - waiting:
         return dict(defenses)
     return {**{name: DEFENSES[name]() for name in FINDERS}, **defenses}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """What the defenses answered about one model.
-
-    Attributes:
-        name: of the model.
-        weights: SHA-256 of its weights.
-        asked: by defense that was asked, its configuration.
-        code: by defense that was asked, the SHA-256 of its code (`bank.code.digest`).
-        scores: raw statistic by defense that answered; None for a pure repair.
-        settings: by defense with a score, what must be equal for scores to be comparable.
-        repairs: by defense that repaired the model, `accuracy` and, for a planted model, `asr`, on the public
-            validation split: before and after, in [0, 1]; and `curve`, where the defense measured one: accuracy on its
-            held-out images when 0, 1, 2 ... channels are pruned.
-        abstained: by defense, why it had no opinion.
-        failed: by defense, what went wrong. It is no score: such a model is scored again.
-        costs: by defense that answered, seconds, images forward and backward, peak memory in bytes.
-        dtype: number format of the matrix work; None where nothing answered.
-        threads: torch threads.
-        versions: of the programs.
-    """
-
-    name: str
-    weights: str
-    asked: dict[str, Any]
-    code: dict[str, str]
-    scores: dict[str, float | None]
-    settings: dict[str, Any]
-    repairs: dict[str, dict[str, list[float]]]
-    abstained: dict[str, str]
-    failed: dict[str, str]
-    costs: dict[str, dict[str, Any]]
-    dtype: str | None
-    threads: int
-    versions: dict[str, str]
 
 
 def score(
@@ -99,12 +59,14 @@ def score(
     engine: Engine | None = None,
     report: Callable[[Scored], None] | None = None,
     place: str = "scores",
+    metas: Sequence[Meta] | None = None,
 ) -> tuple[Scored, ...]:
     """Let defenses score the models of a bank that they have not scored yet.
 
-    A scored model is on disk before the next is looked at, below `place` in the folder. It is scored again if other
-    settings, other code of a defense, another number of threads or other weights led to what is there, or if a defense
-    failed. What is scored depends on the model alone, so neither the engine nor an interruption changes it.
+    A scored model is on disk before the next is looked at, below `place` in the folder. A defense is asked again if
+    other settings, other code of it, other meta-classifiers, another number of threads or other weights led to what is
+    there, or if it failed; what the others said stands (`bank.scored.lacking`). What is scored depends on the model
+    alone, so neither the engine nor an interruption changes it.
 
     Args:
         listed: the models.
@@ -115,6 +77,8 @@ def score(
         engine: spreads the models; this process by default.
         report: called after every model that was scored now.
         place: folder of the scored models, below that of the bank.
+        metas: meta-classifiers that are granted; None for those that come with the package for the models' task and
+            network, if there are any.
 
     Returns:
         What is known of every model, in the order of the entries.
@@ -124,9 +88,10 @@ def score(
     """
     rows = rows_of(listed, folder)
     (folder / place).mkdir(exist_ok=True)
-    found = kept(listed, folder, defenses, place=place)
+    metas = _metas(listed[0], metas)
+    found = kept(listed, folder, defenses, place=place, metas=metas)
     missing = [(entry, row) for entry, row in zip(listed, rows, strict=True) if entry.name not in found]
-    fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting), missing)
+    fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting, metas), missing)
     try:
         for scored in fresh:
             found[scored.name] = scored
@@ -140,18 +105,27 @@ def score(
 
 
 def kept(
-    listed: Sequence[Entry], folder: Path, defenses: Mapping[str, Defense], *, place: str = "scores"
+    listed: Sequence[Entry],
+    folder: Path,
+    defenses: Mapping[str, Defense],
+    *,
+    place: str = "scores",
+    metas: Sequence[Meta] | None = None,
 ) -> dict[str, Scored]:
     """Return by name what is on disk about the models and would not be scored again; see `score`.
+
+    What others said than those that are asked is left out.
 
     Raises:
         ValueError: no models, a model is not trained yet, or a file is no row.
     """
     found = {}
     for entry, row in zip(listed, rows_of(listed, folder), strict=True):
+        granted = _metas(entry, metas)
+        asked = _for(entry, defenses, granted)
         scored = read_scored(folder / place / f"{entry.name}.json")
-        if scored is not None and not scored.failed and _still_holds(scored, row, _for(entry, defenses)):
-            found[entry.name] = scored
+        if scored is not None and not lacking(scored, row, asked, _told(granted)):
+            found[entry.name] = restricted(scored, asked)
     return found
 
 
@@ -227,57 +201,56 @@ def rows_of(listed: Sequence[Entry], folder: Path) -> tuple[Row, ...]:
     return rows
 
 
-def read_scored(path: Path) -> Scored | None:
-    """Return what was answered about one model; None if there is no file, or one of an older format.
-
-    Raises:
-        ValueError: the file holds no scores.
-    """
-    if not path.exists():
-        return None
-    kept = strict_json.loads(path.read_bytes())
-    if not isinstance(kept, dict) or not {"name", "weights", "scores"} <= kept.keys():
-        raise ValueError(f"{path} holds no scores of a model; delete it to score the model again")
-    return Scored(**kept) if kept.keys() == {f.name for f in fields(Scored)} else None
+def _metas(entry: Entry, metas: Sequence[Meta] | None) -> tuple[Meta, ...]:
+    """Meta-classifiers that are granted with a model: those that were named, else those of the package; maybe none."""
+    if metas is not None:
+        return tuple(metas)
+    return meta_files.shipped(entry.task, entry.network) or ()
 
 
-def _for(entry: Entry, defenses: Mapping[str, Defense]) -> dict[str, Defense]:
+def _told(metas: Sequence[Meta]) -> str | None:
+    return digest_of(metas) if metas else None
+
+
+def answerable(entry: Entry, defense: Defense, metas: Sequence[Meta] | None = None) -> bool:
+    """Whether a model of a bank comes with what a defense needs; metas as in `score`."""
+    evidence = GRANTED | {Access.CANDIDATES} | ({Access.METAS} if _metas(entry, metas) else set())
+    return any(need <= evidence for need in defense.needs)
+
+
+def _for(entry: Entry, defenses: Mapping[str, Defense], metas: Sequence[Meta]) -> dict[str, Defense]:
     """Return who is asked about a model: who can have an opinion, and repairs where the model is to be repaired."""
-    evidence = GRANTED | {Access.CANDIDATES}
-    able = {n: d for n, d in defenses.items() if any(need <= evidence for need in d.needs)} or dict(defenses)
+    able = {n: d for n, d in defenses.items() if answerable(entry, d, metas)} or dict(defenses)
     return {n: d for n, d in able.items() if n not in REPAIRS or entry.number < REPAIRED}
 
 
-def _code(defenses: Mapping[str, Defense]) -> dict[str, str]:
-    return {name: digest(type(defense)) for name, defense in defenses.items()}
-
-
-def _still_holds(kept: Scored, row: Row, asked: Mapping[str, Defense]) -> bool:
-    # Through JSON, as the file went: a tuple comes back as a list.
-    told = json.loads(json.dumps({name: configuration(defense) for name, defense in asked.items()}))
-    # Who had no opinion then and is not asked now changes nothing.
-    counted = {name for name in kept.asked if name in told or name not in kept.abstained}
-    same = {name: kept.asked[name] for name in counted} == told
-    same = same and {name: kept.code[name] for name in counted} == _code(asked)
-    same = same and kept.threads == torch.get_num_threads()
-    # Another release may score otherwise, and a file of scores has one number for each program.
-    today = {"molehunt": molehunt.__version__, "torch": torch.__version__}
-    same = same and all(kept.versions.get(name, text) == text for name, text in today.items())
-    return same and kept.weights == row.weights
-
-
-def _finish(folder: Path, defenses: Mapping[str, Defense], inspecting: Inspecting, item: tuple[Entry, Row]) -> Scored:
-    """Score one model and put what came of it on disk."""
+def _finish(
+    folder: Path,
+    defenses: Mapping[str, Defense],
+    inspecting: Inspecting,
+    metas: tuple[Meta, ...],
+    item: tuple[Entry, Row],
+) -> Scored:
+    """Let those answer about one model whose answer is not there, and put what came of it on disk."""
     entry, row = item
-    scored = _score(entry, row, _for(entry, defenses), inspecting(entry.seed))
-    write_atomically(folder / f"{entry.name}.json", [json.dumps(asdict(scored), indent=1, allow_nan=False).encode()])
+    path = folder / f"{entry.name}.json"
+    before, asked = read_scored(path), _for(entry, defenses, metas)
+    missing = lacking(before, row, asked, _told(metas))
+    if any(judges(asked[name]) for name in missing):
+        # They judge what is found, and triggers are not kept.
+        missing |= may_search(asked)
+    some = {name: defense for name, defense in asked.items() if name in missing}
+    scored = renewed(before, _score(entry, row, some, inspecting(entry.seed), metas), asked)
+    write_atomically(path, [json.dumps(asdict(scored), indent=1, allow_nan=False).encode()])
     return scored
 
 
-def _score(entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Inspect) -> Scored:
+def _score(
+    entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Inspect, metas: tuple[Meta, ...]
+) -> Scored:
     task = get_task(entry.task)
     clean, _ = task.secret(entry.seed)
-    suspect = Suspect.of(regrow(entry, row), task, clean=divide(clean)[0])
+    suspect = Suspect.of(regrow(entry, row), task, clean=divide(clean)[0], metas=metas or None)
     outcomes: dict[str, Outcome] = dict(examine(suspect, defenses, inspect)) if defenses else {}
     found = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Finding)}
     failed = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, Failure)}
@@ -288,7 +261,7 @@ def _score(entry: Entry, row: Row, defenses: Mapping[str, Defense], inspect: Ins
         name=entry.name,
         weights=row.weights,
         asked={name: configuration(defense) for name, defense in defenses.items()},
-        code=_code(defenses),
+        code=codes(defenses),
         scores={name: statistic(finding) for name, finding in found.items()},
         settings={name: settings(finding) for name, finding in found.items() if statistic(finding) is not None},
         repairs=_repairs(entry, suspect.model, found),

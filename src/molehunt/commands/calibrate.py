@@ -15,6 +15,7 @@ from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
 if TYPE_CHECKING:
+    from molehunt.bank.scored import Scored
     from molehunt.calibration import Population
 
 
@@ -39,6 +40,15 @@ def calibrate(
             help="Draw, as PNG, how well probabilities hold on these models.", metavar="FILE", show_default=False
         ),
     ] = None,
+    metas: Annotated[
+        Path | None,
+        typer.Option(
+            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, where it has "
+            "some for this task and network.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
     jobs: Annotated[int, typer.Option(help="Processes, each of which examines one model.", min=1)] = 1,
@@ -54,7 +64,7 @@ def calibrate(
     """
     console = consoles.messages()
     with Interrupt(console, RESUMES, gentle=True) as interrupt:
-        from molehunt import bank, calibration
+        from molehunt import bank, calibration, meta_files
         from molehunt.bank import scores
         from molehunt.bank.rows import folder_of
         from molehunt.commands.evaluation import Elsewhere, evaluations
@@ -78,6 +88,7 @@ def calibrate(
         check_target(picture)
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
+            asking = None if metas is None else meta_files.load(metas)
             scores.rows_of(listed, where)  # before data are fetched and a sandbox is started for nothing
         ensure(task, console)
         with watching(console) as watch, ExitStack() as stack:
@@ -88,7 +99,7 @@ def calibrate(
                 told.append(text)
                 console.print(text, soft_wrap=True)
 
-            def tell(scored: scores.Scored) -> None:
+            def tell(scored: "Scored") -> None:
                 texts = [f"{n} {'no score' if s is None else format(s, '.3g')}" for n, s in scored.scores.items()]
                 watch.done(scored.name, ", ".join([*texts, *(f"{n} failed" for n in scored.failed)]))
                 interrupt.check()
@@ -102,7 +113,9 @@ def calibrate(
                 inspecting = Elsewhere(isolated=isolated is not False and not told, seconds=seconds)
                 engine = Processes(jobs, threads)
             with given((ValueError, OSError)):
-                found = scores.score(listed, where, defenses, inspecting, engine=engine, report=tell, place=place)
+                found = scores.score(
+                    listed, where, defenses, inspecting, engine=engine, report=tell, place=place, metas=asking
+                )
                 population = scores.population(listed, where, found)
                 calibration.save(population, out)
                 alt = None if picture is None else _draw(population, picture)

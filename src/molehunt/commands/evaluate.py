@@ -20,7 +20,7 @@ from molehunt.legible import legible
 if TYPE_CHECKING:
     from molehunt.bank.judgement import Judgement
     from molehunt.bank.roster import Entry
-    from molehunt.bank.scores import Scored
+    from molehunt.bank.scored import Scored
     from molehunt.calibration import Population
     from molehunt.defenses import Defense
     from molehunt.null_check import Alarms
@@ -80,7 +80,7 @@ def evaluate(
         with watching(console) as watch:
             watch.stage(f"Scoring {len(listed) + len(known)} models", len(listed) + len(known))
 
-            def tell(scored: scores.Scored) -> None:
+            def tell(scored: "Scored") -> None:
                 value = scored.scores.get(defense)
                 text = "no score" if value is None else f"score {value:.3g}"
                 watch.done(scored.name, f"{text}, failed" if scored.failed else text)

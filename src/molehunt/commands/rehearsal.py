@@ -56,7 +56,7 @@ def rehearse(
     with evaluation(
         False, seed=rehearsal.SEED, seconds=seconds, interrupt=interrupt, watch=watch, say=lambda _: None
     ) as (inspect,):
-        known = rehearsal.shipped(references, defenses, contents.board)
+        known = rehearsal.shipped(references, defenses)
         if known is None:
             watch.stage(f"How do clean models score in round {round_.name}?", count)
             done = partial(watch.done, text="examined")

@@ -57,6 +57,15 @@ def scan(
             show_default=False,
         ),
     ] = None,
+    metas: Annotated[
+        Path | None,
+        typer.Option(
+            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, where it has "
+            "some for this task and network.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     json_: Annotated[
         Path | None,
         typer.Option(
@@ -86,7 +95,7 @@ def scan(
     check_target(html)
     console = consoles.messages()
     with Interrupt(console, "stopped") as interrupt:
-        from molehunt import calibration
+        from molehunt import calibration, meta_files
         from molehunt.commands.evaluation import evaluation, telling
         from molehunt.commands.fetching import ensure
         from molehunt.defenses import DEFENSES, available
@@ -110,6 +119,7 @@ def scan(
         defenses |= get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
         with given((ValueError, OSError)):
             known = None if references is None else comparable(calibration.load(references), problem, model.name)
+            asking = meta_files.shipped(problem.name, model.name) if metas is None else meta_files.load(metas)
         if pictures is None:
             ensure(problem.name, console)
         with given():
@@ -130,11 +140,12 @@ def scan(
                 defenses=defenses,
                 inspect=telling(watch, inspect),
                 population=known or calibration.shipped(problem.name, model.name, defenses),
+                metas=asking,
                 recipe=recipe,
                 device="cpu" if isolated else None,
                 found_at=found_at,
                 clear_at=clear_at,
-                command=_command(path, task, clean, network, references, seed),
+                command=_command(path, task, clean, network, references, metas, seed),
                 notes=notes,
             )
     if json_ is not None:
@@ -182,11 +193,17 @@ def _read(path: Path, task: "Task", network: str | None) -> "tuple[Network, str 
 
 
 def _command(
-    path: Path, task: str | None, clean: Path | None, network: str | None, references: Path | None, seed: int
+    path: Path,
+    task: str | None,
+    clean: Path | None,
+    network: str | None,
+    references: Path | None,
+    metas: Path | None,
+    seed: int,
 ) -> str:
     """What scans the model again, for the report."""
-    given_ = {"task": task, "clean": clean, "network": network, "references": references, "seed": seed}
-    options = [word for name, value in given_.items() if value is not None for word in (f"--{name}", str(value))]
+    named = {"task": task, "clean": clean, "network": network, "references": references, "metas": metas, "seed": seed}
+    options = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["molehunt", "scan", str(path), *options])
 
 

@@ -7,9 +7,12 @@ from molehunt.defenses.contract import Defense
 from molehunt.defenses.fine_pruning import FinePruning
 from molehunt.defenses.fine_tuning import FineTuning
 from molehunt.defenses.gradient_shaping import GradientShaping
+from molehunt.defenses.mntd import MNTD
 from molehunt.defenses.neural_cleanse import NeuralCleanse
 from molehunt.defenses.neuron_pruning import NeuronPruning
 from molehunt.defenses.pruning_detection import PruningDetection
+from molehunt.defenses.rab import RAB
+from molehunt.defenses.sentinet import SentiNet
 from molehunt.defenses.spectral_signatures import SpectralSignatures
 from molehunt.defenses.strip import STRIP
 from molehunt.defenses.super_fine_tuning import SuperFineTuning
@@ -21,9 +24,12 @@ DEFENSES: dict[str, type[Defense]] = {
     "fine_pruning": FinePruning,
     "fine_tuning": FineTuning,
     "gradient_shaping": GradientShaping,
+    "mntd": MNTD,
     "neural_cleanse": NeuralCleanse,
     "neuron_pruning": NeuronPruning,
     "pruning_detection": PruningDetection,
+    "rab": RAB,
+    "sentinet": SentiNet,
     "spectral_signatures": SpectralSignatures,
     "strip": STRIP,
     "super_fine_tuning": SuperFineTuning,
@@ -64,6 +70,8 @@ def available() -> dict[str, type[Defense]]:
 __all__ = [
     "ABS",
     "DEFENSES",
+    "MNTD",
+    "RAB",
     "REPAIRS",
     "SCORELESS",
     "STRIP",
@@ -74,6 +82,7 @@ __all__ = [
     "NeuralCleanse",
     "NeuronPruning",
     "PruningDetection",
+    "SentiNet",
     "SpectralSignatures",
     "SuperFineTuning",
     "Unlearning",

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from molehunt import calibration, combine, findings
+from molehunt import calibration, combine, findings, meta_files
 from molehunt.asking import ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense, scoring
@@ -16,8 +16,9 @@ from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
 from molehunt.game.delivery import Delivery
 from molehunt.game.referee import Referee, read_verdict
-from molehunt.game.rules import DATA_ONLY, get_round
+from molehunt.game.rules import get_round
 from molehunt.game.submission import Submission
+from molehunt.networks import Network
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images
 
@@ -54,13 +55,15 @@ class Examiners:
         self.delivery, self.defenses, self.inspectors, self.watch = delivery, defenses, inspectors, watch
         self.settings, self.folder, self.task = delivery.settings, delivery.folder, delivery.task
         self.round = get_round(self.settings.round)
+        self.metas = meta_files.shipped(self.task.name, self.settings.network)
 
     def population(self, referee: Referee) -> Population:
         """Return the clean scores to compare with: those shipped for this task and network, else the references'."""
         asked = scoring(self.defenses)
         shipped = calibration.shipped(self.task.name, self.settings.network, asked)
-        # What looks at training sets has scored no shipped model: those are of the weights board.
-        if shipped is not None and not (self.settings.board == "data" and DATA_ONLY & asked.keys()):
+        # Who looks at training sets has scored no shipped model: those are of the weights board. Beside others that
+        # have, its score is left out, for a few references would be all that is left to compare the others with.
+        if shipped is not None:
             return shipped
         path = self.folder / "references" / "population.json"
         if path.exists():
@@ -72,7 +75,9 @@ class Examiners:
             # Each reference meets clean images drawn for it, as each game draws its own.
             clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
             training = self.delivery.clean(f"reference {i + 1}")
-            suspect = Suspect.of(referee.references[i], self.task, clean=divide(clean)[0], training=training)
+            suspect = Suspect.of(
+                referee.references[i], self.task, clean=divide(clean)[0], training=training, metas=self.metas
+            )
             # What a repair does to a clean model is no score: nothing to compare with comes of it.
             return dict(examine(suspect, asked, self._kept(self.folder / "references" / f"outcomes-{i}", inspect)))
 
@@ -102,7 +107,9 @@ class Examiners:
             path = folder / "verdict.json"
             if not path.exists():
                 training = self.delivery.seen(submission)
-                suspect = Suspect.of(referee.model(submission), self.task, clean=seen, training=training)
+                suspect = Suspect.of(
+                    referee.model(submission), self.task, clean=seen, training=training, metas=self.metas
+                )
 
                 def fuse(outcomes: Iterable[findings.Outcome]) -> findings.Verdict:
                     return combine.verdict(
@@ -126,6 +133,9 @@ class Examiners:
             for s in submissions
         }
         write_atomically(self.folder / "answers.json", [json.dumps(written, indent=1).encode() + b"\n"])
+
+    def _suspect(self, model: Network, clean: Images, training: Images | None) -> Suspect:
+        return Suspect.of(model, self.task, clean=clean, training=training, metas=self.metas)
 
     def _kept(self, folder: Path, inspect: Inspect) -> Inspect:
         """Put each answer on disk before the next defense begins, and read what is there."""

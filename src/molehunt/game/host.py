@@ -38,7 +38,9 @@ from molehunt.game.examiners import Examiners, Watch
 from molehunt.game.referee import STREAM, Judged, Opened, Referee
 from molehunt.game.rules import Round, get_round
 from molehunt.game.submission import Submission, ingest, open_stored_set
+from molehunt.metas import digest
 from molehunt.runner import generator
+from molehunt.suspect import Access
 from molehunt.tasks import Images, Task, get_task
 from molehunt.training import recipe_for
 
@@ -137,6 +139,8 @@ class Host:
         self.round = get_round(settings.round)
         recipe_for(settings.network, self.task)
         wanted = {**asdict(settings), "defenses": {name: repr(d) for name, d in defenses.items()}}
+        if self.examiners.metas and any(Access.METAS in need for d in defenses.values() for need in d.needs):
+            wanted["metas"] = digest(self.examiners.metas)
         book = folder / "game.json"
         if book.exists():
             found = json.loads(book.read_text())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import molehunt
-from molehunt import calibration, checkpoints, combine, findings
+from molehunt import calibration, checkpoints, combine, findings, meta_files
 from molehunt.asking import ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense, scoring
@@ -23,7 +23,7 @@ from molehunt.findings import Failure, Outcome, Verdict
 from molehunt.game.check import References
 from molehunt.game.contents import Contents
 from molehunt.game.host import HIDDEN
-from molehunt.game.rules import DATA_ONLY, Board, Round
+from molehunt.game.rules import Board, Round
 from molehunt.game.scoring import Points, Truth, attack_points, judge
 from molehunt.networks import Network
 from molehunt.suspect import Suspect
@@ -82,12 +82,9 @@ def clean_images(task: Task) -> Images:
     return Images(images.x[rows], images.y[rows])
 
 
-def shipped(references: References, defenses: Mapping[str, Defense], board: Board) -> Population | None:
+def shipped(references: References, defenses: Mapping[str, Defense]) -> Population | None:
     """Return how clean models score by what comes with the package; None where that is not there, as at the host."""
-    asked = scoring(defenses)
-    if board == "data" and DATA_ONLY & asked.keys():
-        return None
-    return calibration.shipped(references.task.name, references.network, asked)
+    return calibration.shipped(references.task.name, references.network, scoring(defenses))
 
 
 def population(
@@ -113,10 +110,11 @@ def population(
     """
     task, network = references.task, references.network
     clean = divide(clean_images(task))[0]
+    metas = meta_files.shipped(task.name, network)
     rows = []
     for number in range(count):
         training = task.load("train") if board == "data" else None
-        suspect = Suspect.of(references.get(number), task, clean=clean, training=training)
+        suspect = Suspect.of(references.get(number), task, clean=clean, training=training, metas=metas)
         folder = references.folder / "outcomes" / str(number)
         rows.append(dict(examine(suspect, scoring(defenses), _kept(folder, suspect, inspect))))
         done(f"reference {number + 1}")
@@ -150,7 +148,8 @@ def rehearse(
     """
     task, sealed = contents.task, contents.open_seal()
     seen, held_out = divide(clean_images(task))
-    suspect = Suspect.of(model, task, clean=seen, training=training)
+    metas = meta_files.shipped(task.name, model.name)
+    suspect = Suspect.of(model, task, clean=seen, training=training, metas=metas)
     recipe = contents.manifest.recipe
 
     def fuse(outcomes: Iterable[Outcome]) -> Verdict:
@@ -186,6 +185,7 @@ def _kept(folder: Path, shown: Suspect, inspect: Inspect) -> Inspect:
         {f"model/{name}": tensor for name, tensor in shown.model.state_dict().items()}
         | {f"clean/{name}": tensor for name, tensor in (shown.clean or _NOTHING)._asdict().items()}
         | {f"training/{name}": tensor for name, tensor in (shown.training or _NOTHING)._asdict().items()}
+        | {f"metas/{i}/{name}": t for i, meta in enumerate(shown.metas or ()) for name, t in meta.state_dict().items()}
     )
     where = [molehunt.__version__, torch.__version__, torch.get_num_threads(), str(shown.device), str(shown.dtype)]
 
