@@ -3,6 +3,7 @@
     python benchmarks/reproduce_mntd.py grow --shadows 512          trains shadows and targets; resumes
     python benchmarks/reproduce_mntd.py try --shadows 64            settings, on targets of the develop seeds
     python benchmarks/reproduce_mntd.py run --shadows 512           rows by number of shadows and kind of target
+    python benchmarks/reproduce_mntd.py bank --task mnist5k         models of a bank, by shadow models of their network
     python benchmarks/reproduce_mntd.py collect                     results/rounds_3_4.json from the rows
 
 Networks are `mntd_mnist`. Shadows: so many clean and so many of the jumbo distribution, each of 1 200 images of its
@@ -13,6 +14,11 @@ patches), *blend* ones (draws of the whole picture), and *stripes* (SIG), a fami
 AUC is of the mean logit of five meta-classifiers, over all clean targets and all of one kind, with a 95 % interval
 from 2 000 draws of targets with replacement; beside it the 95 % quantile of AUCs of shuffled labels. The curve takes
 the first m clean and m backdoored shadows.
+
+`bank` judges what the game is about: models of the bank, of six families of attacks and of clean models that are hard
+to tell, by shadow models of the same network that see the whole training split, as `molehunt shadows` trains them. With
+`--part develop` the settings are chosen, with `--part evaluate` the curve is made. The models are built first:
+`molehunt bank build`, or `benchmarks/bank.py run`.
 """
 
 import argparse
@@ -25,8 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molehunt import bank
 from molehunt.attacks import SIG
 from molehunt.attacks.jumbo import jumbo
+from molehunt.bank.rows import backdoored, folder_of, read_rows, regrow
 from molehunt.game.attacker import parse_settings
 from molehunt.meta_training import fit
 from molehunt.metas import Meta, Settings
@@ -116,9 +124,11 @@ def shadows(count: int) -> tuple[list[Network], Tensor]:
     return networks, population.targets()
 
 
-def scored(networks: list[Network], goals: Tensor, settings: Settings, judged: dict[str, list[Network]]) -> Any:
+def scored(
+    networks: list[Network], goals: Tensor, settings: Settings, judged: dict[str, list[Network]], of: str = TASK
+) -> tuple[dict[str, Tensor], float]:
     """Mean logits over the meta-classifiers by kind, and the seconds that training them took."""
-    task, sums = get_task(TASK), dict[str, Tensor]()
+    task, sums = get_task(of), dict[str, Tensor]()
     start = time.monotonic()
     spent = 0.0
     for place in range(CLASSIFIERS):
@@ -170,11 +180,69 @@ def judge(count: int, many: list[int], settings: dict[str, Any], number: int, de
         print(key, {kind: (round(row[kind]["auc"], 4), row[kind]["interval_95"]) for kind in KINDS[1:]}, flush=True)
 
 
+def banked(task: str, part: str, root: Path) -> tuple[list[Network], list[str | None]]:
+    """Models of a bank that are there: clean ones, and those whose backdoor works; and what is hidden in each."""
+    network = get_task(task).network
+    listed, folder = bank.entries(task, network, part), folder_of(root, task, network)
+    there = {row.name: row for row in read_rows(listed, folder)}
+    works = backdoored(there.values())
+    networks: list[Network] = []
+    kinds: list[str | None] = []
+    for entry in listed:
+        if entry.name in there and (not entry.planted or entry.name in works):
+            networks.append(regrow(entry, there[entry.name]))
+            freeze(networks[-1])
+            kinds.append(entry.kind if entry.planted else None)
+    return networks, kinds
+
+
+def judge_bank(task: str, part: str, most: int, settings: dict[str, Any], root: Path) -> None:
+    """Make rows of how meta-classifiers judge the models of a bank: one, or by the number of shadow models."""
+    name = DEVELOP if part == "develop" else NAME
+    many = [most] if settings else [m for m in (8, 16, 32, 64, 128, 256) if m <= most]
+    keys = [{"bank": task, "part": part, "shadows": m, "settings": settings} for m in many]
+    wanted = list(todo(name, keys))
+    if not wanted:
+        print("these rows are there already")
+        return
+    networks, kinds = banked(task, part, root)
+    positive = torch.tensor([kind is not None for kind in kinds])
+    population = Shadows(task=task, network=get_task(task).network, count=most)
+    shadows_, goals = [one.network for one in population.grow()], population.targets()
+    for network in shadows_:
+        freeze(network)
+    for key in wanted:
+        m, busy = 2 * key["shadows"], round(os.getloadavg()[0], 2)
+        found, spent = scored(shadows_[:m], goals[:m], Settings(**settings), {"all": networks}, task)
+        ends, chance = interval(found["all"], positive, generator(0, "mntd interval"))
+        families = {}
+        for kind in sorted({kind for kind in kinds if kind is not None}):
+            some = torch.tensor([one is None or one == kind for one in kinds])
+            families[kind] = auc(found["all"][some], positive[some])
+        counts = {"clean": int((~positive).sum()), "backdoored": int(positive.sum())}
+        row = {**key, "auc": auc(found["all"], positive), "interval_95": ends, "shuffled_95": chance, **counts}
+        row |= {"families": families, "seconds": spent}
+        append(name, {**row, "threads": torch.get_num_threads(), "busy": busy, "machine": machine()})
+        print({k: v for k, v in row.items() if k != "machine"}, flush=True)
+
+
 def collect() -> None:
     """Write the figures into results/rounds_3_4.json."""
     figures: dict[str, Figure] = {}
     for row in rows(NAME):
         if row["settings"]:
+            continue
+        if "bank" in row:
+            figures[f"MNTD, bank of {row['bank']}, {row['shadows']} + {row['shadows']} shadows, AUC"] = Figure(
+                value=row["auc"],
+                unit="share",
+                goal=None,
+                better="higher",
+                spread=row["interval_95"],
+                command=f"python benchmarks/reproduce_mntd.py bank --task {row['bank']} --part {row['part']}",
+                note=f"{row['clean']} clean and {row['backdoored']} backdoored models of six families; shuffled labels "
+                f"reach {row['shuffled_95']:.3f}; {', '.join(f'{k} {v:.3f}' for k, v in row['families'].items())}",
+            )
             continue
         for kind, goal in (("patch", 0.98), ("blend", 0.99), ("stripes", None)):
             figures[f"MNTD on MNIST, {row['shadows']} + {row['shadows']} shadows, {kind}, AUC"] = Figure(
@@ -193,19 +261,26 @@ def collect() -> None:
 def main() -> None:
     """Grow, choose, report or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["grow", "try", "run", "collect"])
+    parser.add_argument("what", choices=["grow", "try", "run", "bank", "collect"])
     parser.add_argument("--shadows", type=int, default=512, help="of either kind")
     parser.add_argument("--targets", type=int, help="of every kind; default: 100, of try 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of metas; try only")
-    parser.add_argument("--state", type=Path, default=Path("runs/mntd"), help="folder of the targets")
+    parser.add_argument(
+        "--state", type=Path, default=Path("runs/mntd"), help="folder of the targets; of bank: of banks"
+    )
+    parser.add_argument("--task", default="mnist5k", help="of bank")
+    parser.add_argument("--part", choices=["develop", "evaluate"], default="evaluate", help="of bank")
     arguments = parser.parse_args()
     if arguments.what == "collect":
         return collect()
-    develop = arguments.what == "try"
+    develop = arguments.what == "try" or (arguments.what == "bank" and arguments.part == "develop")
     if arguments.set and not develop:
         parser.error("--set changes the method, so its figure would not be that of the defaults; use try")
     number = arguments.targets or (30 if develop else 100)
     torch.set_num_threads(1)
+    if arguments.what == "bank":
+        settings = parse_settings(arguments.set)
+        return judge_bank(arguments.task, arguments.part, arguments.shadows, settings, arguments.state)
     if arguments.what == "grow":
         shadows(arguments.shadows)
         for kind in KINDS:

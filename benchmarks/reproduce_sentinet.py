@@ -3,6 +3,7 @@
     python benchmarks/reproduce_sentinet.py run --task mnist --seed 0
     python benchmarks/reproduce_sentinet.py run --task cifar10 --seed 0 --state FOLDER
     python benchmarks/reproduce_sentinet.py try --task cifar10 --network narrow_cifar --seed 100 --state FOLDER
+    python benchmarks/reproduce_sentinet.py candidates --state FOLDER
     python benchmarks/reproduce_sentinet.py collect             results/rounds_3_4.json from the rows
 
 `run` makes or reads the model that benchmarks/training.py makes of BadNets and the same seed (with its `--state` a
@@ -13,19 +14,30 @@ part of the test split. One row per model is appended to results/sentinet.jsonl:
 of every input, clean or stamped, is the trigger's own. A failure of saliency is then no failure of the test.
 
 `try` does the same on the validation split, for choosing the side, and appends to results/sentinet-develop.jsonl.
+
+`candidates` asks what a score of recovered triggers should be. ABS and Neural Cleanse look for triggers in the mnist5k
+models of the bank's develop partition, which must be built (`--banks`); their answers are kept in `--state`. A row per
+model has Fooled and AvgConf of each recovered trigger, and its residual over a parabola of clean images' own regions.
 """
 
 import argparse
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molehunt import bank, findings
+from molehunt.bank.rows import backdoored, folder_of, read_rows, regrow
+from molehunt.defenses import DEFENSES
+from molehunt.defenses._saliency import finest_map
 from molehunt.defenses._transplant import Boundary, sharpness_of, transplant
-from molehunt.defenses.sentinet import SentiNet
+from molehunt.defenses.sentinet import LOOKED_AT, SentiNet
+from molehunt.examination import candidates, divide
 from molehunt.findings import Finding
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.runner import generator, inspect
@@ -121,6 +133,71 @@ def run(key: dict[str, Any], state: Path | None, *, develop: bool) -> dict[str, 
     }
 
 
+def on_candidates(banks: Path, state: Path) -> None:
+    """Append a row per develop model: what the statistics of the triggers are that were recovered from it."""
+    task = get_task("mnist5k")
+    listed, folder = bank.entries(task.name, task.network, "develop"), folder_of(banks, task.name, task.network)
+    there = {row.name: row for row in read_rows(listed, folder)}
+    works, defense = backdoored(there.values()), SentiNet()
+    state.mkdir(parents=True, exist_ok=True)
+    named = {e.name: e for e in listed if e.name in there and (not e.planted or e.name in works)}
+    for key in todo(DEVELOP, [{"bank": task.name, "model": name} for name in named]):
+        entry = named[key["model"]]
+        suspect = Suspect.of(regrow(entry, there[entry.name]), task, clean=divide(task.secret(entry.seed)[0])[0])
+        found: dict[str, findings.Outcome] = {}
+        for name in ("abs", "neural_cleanse"):
+            path = state / f"{entry.name}-{name}.json"
+            if not path.exists():
+                findings.save(inspect(DEFENSES[name](), suspect, name=name, seed=entry.seed), path)
+            found[name] = findings.load(path)  # type: ignore[assignment]  # written above: an outcome
+        asked = replace(suspect, candidates=candidates(found))
+        told = inspect(defense, asked, name="sentinet", seed=entry.seed)
+        if not isinstance(told, Finding):
+            raise RuntimeError(f"SentiNet gave no score: {told}")
+        boundary = parabola(defense, asked, entry.seed)
+        each = [
+            {**one, "residual": one["fooled"] - float(boundary.height(torch.tensor([one["confidence"]])))}
+            for one in told.details["candidates"]
+        ]
+        seconds = None if told.cost is None else told.cost.seconds
+        row = {**key, "hidden": entry.kind if entry.planted else None, "candidates": each, "seconds": seconds}
+        append(DEVELOP, {**row, "score": told.score, "threads": torch.get_num_threads(), "machine": machine()})
+        print(entry.name, entry.kind, round(told.score or 0.0, 3), flush=True)
+    kept = [row for row in rows(DEVELOP) if "bank" in row]
+    for name, scores in statistics_of(kept).items():
+        print(f"{name}: AUC {auc(torch.tensor(scores), torch.tensor([r['hidden'] is not None for r in kept])):.3f}")
+
+
+def parabola(defense: SentiNet, suspect: Suspect, seed: int) -> Boundary:
+    """The curve of clean images' own regions, as it is fitted for a stream."""
+    assert suspect.clean is not None
+    rng = generator(seed, "sentinet candidates")
+    pasted, fitted, _ = defense.split(len(suspect.clean.y), rng)
+    overlays = suspect.clean.x[pasted]
+    inert, sharpness = defense.filling(overlays, rng), sharpness_of(suspect.logits(overlays))
+    path, _ = finest_map(suspect, defense.side, overlays[:LOOKED_AT])
+    seen = [
+        defense.seen(suspect, path, part, overlays, inert, sharpness)
+        for part in torch.split(suspect.clean.x[fitted], defense.step)
+    ]
+    confidence, fooled = (torch.cat([getattr(s, n).flatten() for s in seen]) for n in ("confidence", "fooled"))
+    return Boundary.fit(confidence, fooled)
+
+
+def statistics_of(kept: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What could be the score of a model, the largest over its recovered triggers, by name; a score per row."""
+    ways: dict[str, Callable[[dict[str, Any]], float]] = {
+        "the smaller of Fooled and AvgConf": lambda one: min(one["fooled"], one["confidence"]),
+        "their product": lambda one: one["fooled"] * one["confidence"],
+        "Fooled": lambda one: one["fooled"],
+        "AvgConf": lambda one: one["confidence"],
+        "residual over the parabola": lambda one: one["residual"],
+    }
+    return {
+        name: [max([way(one) for one in row["candidates"]], default=-1.0) for row in kept] for name, way in ways.items()
+    }
+
+
 def collect() -> None:
     """Write results/rounds_3_4.json."""
     kept, figures = rows(NAME), {}
@@ -145,15 +222,19 @@ def collect() -> None:
 def main() -> None:
     """Make one row, or collect them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "try", "collect"])
+    parser.add_argument("what", choices=["run", "try", "candidates", "collect"])
     parser.add_argument("--task", choices=["mnist", "cifar10"], default="mnist")
     parser.add_argument("--network", help="default: fast_cifar on cifar10, else the task's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inputs", type=int, default=200, help="stamped inputs, and as many clean ones")
-    parser.add_argument("--state", type=Path, help="folder of finished trainings of benchmarks/training.py")
+    parser.add_argument("--state", type=Path, help="folder of finished trainings of benchmarks/training.py, or answers")
+    parser.add_argument("--banks", type=Path, default=Path("runs/bank"), help="of candidates: folder of banks")
     arguments = parser.parse_args()
     if arguments.what == "collect":
         return collect()
+    if arguments.what == "candidates":
+        torch.set_num_threads(1)
+        return on_candidates(arguments.banks, arguments.state or Path("runs/sentinet"))
     develop = arguments.what == "try"
     own = "fast_cifar" if arguments.task == "cifar10" else get_task(arguments.task).network
     key = {"task": arguments.task, "network": arguments.network or own, "seed": arguments.seed}

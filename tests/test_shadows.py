@@ -116,9 +116,9 @@ def test_a_secret_seed_makes_other_meta_classifiers_of_the_same_models() -> None
 
 def test_other_settings_are_other_meta_classifiers() -> None:
     one = SMALL.metas(1, SETTINGS, layout=LAYOUT)
-    other = SMALL.metas(1, replace(SETTINGS, per_class=True))
-    assert not one[0].settings.per_class
-    assert other[0].settings.per_class
+    other = SMALL.metas(1, replace(SETTINGS, per_class=False))
+    assert one[0].settings.per_class
+    assert not other[0].settings.per_class
     assert len(list(SMALL.folder.glob("meta-*"))) == 2
 
 

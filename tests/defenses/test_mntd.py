@@ -54,7 +54,7 @@ def test_the_score_is_the_mean_of_the_largest_logits(suspect: Suspect) -> None:
 
 def test_one_logit_for_all_classes_names_no_target(suspect: Suspect) -> None:
     rng = torch.Generator().manual_seed(0)
-    plain = Meta(suspect.task.shape, suspect.classes, (0.5,) * 3, (0.3,) * 3, Settings(), rng)
+    plain = Meta(suspect.task.shape, suspect.classes, (0.5,) * 3, (0.3,) * 3, Settings(per_class=False), rng)
     finding = found(replace(suspect, metas=(plain,)))
     assert finding.class_scores is None
     assert finding.details["spread"] is None

@@ -1,5 +1,6 @@
 """Where a network looks: Grad-CAM on one of its maps, and the choice of that map."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -144,3 +145,17 @@ def _leaves(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
         yield leaves
     finally:
         handle.remove()
+
+
+CROP = 0.75
+"""Side of the crops, as a share of the picture's, that propose classes beside the picture itself."""
+
+
+def crops(x: Tensor) -> Iterator[Tensor]:
+    """Five crops of pictures (B, C, H, W), the corners and the middle, enlarged to the whole size."""
+    height, width = x.shape[2:]
+    tall, wide = math.ceil(CROP * height), math.ceil(CROP * width)
+    down, right = height - tall, width - wide
+    for top, left in ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2)):
+        part = x[:, :, top : top + tall, left : left + wide]
+        yield F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False)

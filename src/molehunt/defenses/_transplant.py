@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from molehunt.findings import Candidate
 from molehunt.suspect import Suspect
 
 BIN = 0.04
@@ -149,3 +150,66 @@ class Boundary:
         # A double root may come with a tiny imaginary part; the real part is a point of the curve in any case.
         at = np.real(roots)
         return float(np.hypot(at - confidence, self.a * at**2 + self.b * at + lift).min())
+
+
+def conformal_threshold(residuals: Tensor, rejection: float) -> tuple[float, float, int]:
+    """The residual above which an input is flagged, the share of clean inputs that will be, and its rank.
+
+    With n clean residuals it is the k-th largest, k = floor(rejection (n + 1)), but at least the largest; a fresh
+    clean input exceeds it with a chance of at most k / (n + 1).
+    """
+    count = len(residuals)
+    k = max(1, math.floor(rejection * (count + 1)))
+    return float(residuals.sort(descending=True).values[k - 1]), k / (count + 1), k
+
+
+def mean_distance(boundary: Boundary, confidence: Tensor, fooled: Tensor) -> float:
+    """The paper's d, read as its text has it: the mean distance of the clean points above the parabola; 0 of none."""
+    confidence, fooled = confidence.flatten(), fooled.flatten()
+    above = fooled > boundary.height(confidence)
+    pairs = zip(confidence[above].tolist(), fooled[above].tolist(), strict=True)
+    found = [boundary.distance(t, y) for t, y in pairs]
+    return sum(found) / len(found) if found else 0.0
+
+
+HELD = 0.95
+"""Share of all change that the place of a recovered trigger holds."""
+
+
+def recovered(
+    candidate: Candidate,
+    suspect: Suspect,
+    overlays: Tensor,
+    labels: Tensor,
+    inert: Tensor,
+    batch: int,
+    *,
+    sharpness: float = 1.0,
+) -> dict[str, float]:
+    """Stamp a candidate trigger, and put noise where it changes the pictures; only a score if none may be stamped.
+
+    The place is the fewest pixels that hold `HELD` of all change: noise in a smaller one would be compared with a
+    trigger of which much lies elsewhere.
+    """
+    rows = labels != candidate.target
+    if not bool(rows.any()):
+        return {"score": 0.0}
+    plain, quiet = overlays[rows], inert[rows]
+    stamped = candidate.trigger(plain)
+    change = (stamped - plain).abs().amax(1).mean(0).double()
+    order = change.flatten().argsort(descending=True, stable=True)
+    held = change.flatten()[order].cumsum(0)
+    mask = torch.zeros_like(change).bool()
+    if float(held[-1]) > 0:
+        mask.view(-1)[order[: 1 + int((held < HELD * held[-1]).sum())]] = True
+    target = torch.tensor([candidate.target], device=suspect.device)
+    # A soft trigger is stamped as it is: what it changes little, all over the picture, may be what works.
+    masks = torch.stack([torch.ones_like(mask), mask]).unsqueeze(0)
+    effect = transplant(suspect, stamped.unsqueeze(0), masks, target, plain, quiet, batch, sharpness=sharpness)
+    fooled, confidence = float(effect.fooled[0, 0]), float(effect.confidence[0, 1])
+    return {
+        "fooled": fooled,
+        "confidence": confidence,
+        "score": min(fooled, confidence),
+        "area": float(mask.double().mean()),
+    }
