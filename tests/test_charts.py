@@ -86,12 +86,50 @@ def neurons() -> Finding:
     return Finding(defense="neuron_pruning", details=details)
 
 
+def pasted() -> Finding:
+    rows = [
+        {"defense": "abs", "target": 2, "fooled": 0.5, "confidence": 0.75, "score": 0.5},
+        {"defense": "neural_cleanse", "target": 7, "fooled": 0.975, "confidence": 0.625, "score": 0.625},
+        {"defense": "abs", "target": 3, "score": 0.0},
+    ]
+    return Finding(defense="sentinet", details={"candidates": rows})
+
+
+def metas() -> Finding:
+    scores = torch.tensor([-4.0, -3.5, -4.5, -5.0, -4.0, -3.0, -2.5, 6.25, -4.0, -3.75])
+    return Finding(defense="mntd", class_scores=scores, details={"logits": [6.0, 6.5, 6.25], "queries": 30})
+
+
+def certified() -> Finding:
+    table = [
+        {"radius": 0.0, "rate": 0.98, "accuracy": 0.96},
+        {"radius": 0.05, "rate": 0.75, "accuracy": 0.74},
+        {"radius": 0.1, "rate": 0.0, "accuracy": 0.0},
+        {"radius": 2.0, "rate": 0.0, "accuracy": 0.0},
+    ]
+    return Finding(defense="rab", details={"certificate": {"table": table, "words": "said"}})
+
+
 @cache
 def made(name: str) -> Picture:
     return drawn(MADE[name])
 
 
-MADE = {f.defense: f for f in (curve(), outliers(), entropies(), stimulated(), masks(), copies(), neurons())}
+MADE = {
+    f.defense: f
+    for f in (
+        curve(),
+        outliers(),
+        entropies(),
+        stimulated(),
+        masks(),
+        copies(),
+        neurons(),
+        pasted(),
+        metas(),
+        certified(),
+    )
+}
 
 
 def drawn(finding: Finding, classes: tuple[str, ...] = DIGITS) -> Picture:
@@ -146,12 +184,51 @@ def test_every_picture_has_one_size_and_few_bytes_and_is_the_same_again(name: st
                 "10.0 % and 0.0 % with all 4",
             ),
         ),
+        ("sentinet", ("2 recovered triggers", "the best, of neural_cleanse for “7”, 97.5 % and 62.5 %")),
+        ("mntd", ("3 meta-classifiers", "30 pictures", "10 classes", "6.25 for “7”", "is 6.25")),
+        ("rab", ("98.0 % at 0", "96.0 % of all are right", "none from 0.1 on")),
         ("pruning_detection", ("4 pruned copies: 25.0 % (copy 2) to 90.0 %", "mean 60.0 %", "unpruned 98.5 %")),
     ],
 )
 def test_the_words_hold_the_numbers(name: str, parts: tuple[str, ...]) -> None:
     for part in parts:
         assert part in made(name).alt
+
+
+def test_a_stream_is_shown_beside_regions_of_clean_images() -> None:
+    details = {
+        "parabola": {"a": 0.0, "b": 0.0, "c": 0.5},
+        "clean_confidence": torch.linspace(0.25, 0.75, 11),
+        "clean_fooled": torch.linspace(0.0, 0.5, 11),
+        "stream_confidence": torch.full((4,), 0.875),
+        "stream_fooled": torch.tensor([0.0, 1.0, 1.0, 1.0]),
+    }
+    picture = drawn(Finding(defense="sentinet", details=details))
+    assert "regions of 4 inputs of a stream, median Fooled 100.0 % and AvgConf 87.5 %" in picture.alt
+    assert "11 regions of clean images, 25.0 % and 50.0 %" in picture.alt
+    # The parabola is flat at one half, over the clean points alone, and the stream's lie right of it.
+    pixels = seen(picture, SAID)[picture.height // 4 :]
+    assert np.nonzero(pixels.any(0))[0].min() > 0.7 * picture.width
+    for gone in ("clean_fooled", "stream_confidence"):
+        assert chart_of(Finding(defense="sentinet", details={**details, gone: [1.0]}), DIGITS) is None
+
+
+def test_what_a_vote_of_parts_certifies_is_counted_in_samples() -> None:
+    table = [{"flips": k, "rate": 1.0 - k / 4, "accuracy": 0.5} for k in range(4)]
+    alt = drawn(Finding(defense="rab", details={"certificate": {"table": table, "words": ""}})).alt
+    assert "by changed samples: 100.0 % at 0" in alt
+    assert "25.0 % at 3" in alt
+
+
+def test_meta_classifiers_with_one_logit_for_all_classes_have_no_chart() -> None:
+    assert chart_of(replace(metas(), class_scores=None), DIGITS) is None
+
+
+def test_of_many_classes_the_largest_logits_are_shown() -> None:
+    many = replace(metas(), class_scores=torch.arange(100.0))
+    alt = drawn(many, tuple(f"class number {k}" for k in range(100))).alt
+    assert "99 for “class number 99”" in alt
+    assert alt.endswith("the 43 largest are shown")
 
 
 def test_the_stop_and_the_tolerance_are_marked_where_they_are() -> None:
@@ -248,7 +325,8 @@ def test_of_many_classes_the_smallest_masks_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("neural_cleanse", k) for k in range(10)] + [(n, k) for n in ("abs", "strip") for k in (0, 3)]
+    ("name", "first"),
+    [("neural_cleanse", k) for k in range(10)] + [(n, k) for n in ("abs", "strip", "sentinet", "mntd") for k in (0, 3)],
 )
 def test_no_name_of_a_class_breaks_a_chart(name: str, first: int) -> None:
     # Warnings are errors here, so a sign that the font lacks would be seen.

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from molehunt.charts.detection import brain_stimulation, neural_cleanse, spectral_signatures, strip
+from molehunt.charts.meta import mntd, rab
 from molehunt.charts.removals import fine_pruning, neuron_pruning, pruning_detection
+from molehunt.charts.transplants import sentinet
 from molehunt.figures import Picture
 from molehunt.findings import Finding
 
@@ -63,9 +65,23 @@ CHARTS: dict[str, Chart] = {
         neural_cleanse,
         "Size of the smallest mask that sends images to each class. A backdoor needs an abnormally small one.",
     ),
+    "sentinet": Chart(
+        sentinet,
+        "What something pasted onto pictures does to them, beside noise in its place. A trigger is small and "
+        "powerful: it lies at the top right.",
+    ),
     "neuron_pruning": Chart(
         neuron_pruning,
         "Accuracy, and success of the recovered triggers, while neurons are cut, those first that the triggers wake.",
+    ),
+    "mntd": Chart(
+        mntd,
+        "What meta-classifiers, which learned from clean and backdoored networks, think of each class as the target.",
+    ),
+    "rab": Chart(
+        rab,
+        "Share of images on which the vote of noisy networks is certified, by how much somebody may have changed the "
+        "training pictures. Their labels are not covered.",
     ),
 }
 """Drawings by name of the defense, in the order of the rounds."""

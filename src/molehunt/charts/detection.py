@@ -155,7 +155,7 @@ def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None
             at, label = shown.index(target), f"reported: {label_of(target, classes)}"
             axes.bar([at], [size[target]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
         axes.axhline(middle, color=INK, linewidth=1.2, linestyle=DASHED, label=f"median: {amount(middle)}")
-        _name_bars(axes, shown, classes)
+        name_bars(axes, shown, classes)
         axes.set_ylabel("L1 norm of the mask, pixels")
 
     alt = (
@@ -193,7 +193,7 @@ def _outline(axes: Axes, values: Sequence[float], edges: NDArray[np.float64], sc
     axes.stairs(scale * np.histogram(values, edges)[0], edges, color=INK, linewidth=0.8)
 
 
-def _name_bars(axes: Axes, shown: Sequence[int], classes: Sequence[str]) -> None:
+def name_bars(axes: Axes, shown: Sequence[int], classes: Sequence[str]) -> None:
     """Write below bars which classes they are: names where they fit, else numbers, of many classes of some."""
     names = [legible(classes[k], 8) if 0 <= k < len(classes) else "" for k in shown]
     if len(shown) <= NAMED and all(name and drawable(name) for name in names) and sum(map(len, names)) <= 40:
