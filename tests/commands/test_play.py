@@ -110,7 +110,6 @@ def test_one_job_needs_no_other_process(fake: type[FakeHost]) -> None:
         "--network nope",
         "--round VI",
         "--board chess",
-        "--round IV",  # none of its defenses is there yet
         "--task folder:nowhere",
         "--references 4",
         "--teams 0",
@@ -129,6 +128,12 @@ def test_another_game_in_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(host, "Host", refuse)
     assert main(["play", "--not-isolated"]) == 3
     assert "another game" in capsys.readouterr().err
+
+
+def test_a_round_of_which_nothing_is_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    monkeypatch.setattr("molehunt.defenses.DEFENSES", {"strip": DEFENSES["strip"]})
+    assert main(["play", "--not-isolated", "--round", "IV"]) == 3
+    assert "no defense of round IV is there yet: it needs mntd" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ValueError("a mistake"), 70)])

@@ -16,7 +16,7 @@ from PIL import Image
 import molehunt.scan
 from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
-from molehunt import calibration, combine, confinement, defenses, plugins
+from molehunt import calibration, combine, confinement, defenses, meta_files, plugins
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
 from molehunt.defenses import DEFENSES, NeuralCleanse
@@ -24,6 +24,7 @@ from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
 from molehunt.game import seal, submission, workshop
 from molehunt.game.rules import get_round
 from molehunt.game.workshop import Plan
+from molehunt.metas import Meta, Settings, digest
 from molehunt.report import ScanReport
 from molehunt.runner import configuration
 from molehunt.tasks import TASKS
@@ -293,6 +294,35 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(workshop, "recipe_for", lambda *_: HURRIED)
         hidden = {"target": 3, "size": 5, "poison_rate": 0.2}
         return workshop.make(Plan(task=TASK, attack="badnets", settings=hidden), folder).archive
+
+
+def asked_with(path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, Any]:
+    """Settings with which the scan itself is called."""
+    seen: dict[str, Any] = {}
+    answer = answers(0.1, SPOKE)
+
+    def look(*arguments: Any, **settings: Any) -> ScanReport:
+        seen.update(settings)
+        return answer(*arguments, **settings)
+
+    monkeypatch.setattr(molehunt.scan, "scan", look)
+    assert scanning(path, *options) == 0
+    return seen
+
+
+def test_meta_classifiers_are_those_of_the_package_or_of_a_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    made = Meta(TASK.shape, 10, TASK.mean, TASK.std, Settings(), torch.Generator().manual_seed(5))
+    monkeypatch.setattr(meta_files, "shipped", lambda task, network: (task, network))
+    assert asked_with(model, monkeypatch)["metas"] == (TASK.name, honest.NETWORK)
+    meta_files.save([made], tmp_path / "mine.safetensors")
+    seen = asked_with(model, monkeypatch, "--metas", str(tmp_path / "mine.safetensors"))
+    assert digest(seen["metas"]) == digest([made])
+    assert f"--metas {tmp_path / 'mine.safetensors'}" in seen["command"]
+    assert scanning(model, "--metas", str(model)) == 3
+    assert "holds no meta-classifiers" in " ".join(capsys.readouterr().err.split())
+    assert scanning(model, "--metas", str(tmp_path / "gone")) == 3
 
 
 def test_the_manifest_names_the_recipe_and_bare_weights_do_not(

@@ -114,6 +114,20 @@ def test_remarks_say_on_what_a_verdict_rests() -> None:
     assert words.remarks(made(0.5)) == []
 
 
+def test_what_is_certified_is_said_in_the_words_of_who_certifies() -> None:
+    told = {"words": "Nothing is said of\x00 labels."}
+    outcomes = [Finding(defense="rab", score=0.1, details={"certificate": told})]
+    outcomes += [
+        Finding(defense=f"odd{i}", score=0.1, details={"certificate": odd})
+        for i, odd in enumerate([None, "text", {}, {"words": 3}, {"words": " "}, [told]])
+    ]
+    verdict = Verdict(p=0.5, q=torch.tensor([0.5, 0.5]), outcomes=tuple(outcomes))
+    assert list(words.certificates(verdict)) == ["rab"]
+    (said,) = words.remarks(verdict)
+    assert said.startswith("rab: Nothing is said of")
+    assert "\x00" not in said
+
+
 def test_sentences_name_the_likeliest_target_only_when_something_was_found() -> None:
     assert "“dog” (90.0 %)" in words.sentence(made(0.9), ("cat", "dog"), 0.8, 0.2)
     assert "dog" not in words.sentence(made(0.5), ("cat", "dog"), 0.8, 0.2)

@@ -112,7 +112,7 @@ def trigger_words(trigger: Trigger) -> str:
 
 
 def remarks(verdict: Verdict) -> list[str]:
-    """Say what the fusion has to say besides p and q: on how many models it rests, warnings, and the repair."""
+    """Say what the fusion has to say besides p and q: its references, warnings, what is certified, and the repair."""
     details = verdict.details
     said = []
     references = details.get("references")
@@ -123,11 +123,23 @@ def remarks(verdict: Verdict) -> list[str]:
     if isinstance(details.get("indicative"), str):
         said.append(legible(details["indicative"], 400))
     said += [legible(str(warning), 400) for warning in details.get("warnings", ())]
+    said += [f"{legible(name, 40)}: {legible(text, 1000)}" for name, text in certificates(verdict).items()]
     repair = details.get("repair")
     if isinstance(repair, Mapping) and repair.get("why"):
         taken = f"Repair by {legible(str(repair['taken']), 40)}" if repair.get("taken") else "No repair"
         said.append(f"{taken}: {legible(str(repair['why']), 300)}")
     return said
+
+
+def certificates(verdict: Verdict) -> dict[str, str]:
+    """By defense that certifies, what is certified and what is not, in its own words."""
+    found = {}
+    for outcome in verdict.outcomes:
+        certificate = outcome.details.get("certificate") if isinstance(outcome, Finding) else None
+        words = certificate.get("words") if isinstance(certificate, Mapping) else None
+        if isinstance(words, str) and words.strip():
+            found[outcome.defense] = words
+    return found
 
 
 def says(outcome: Outcome, verdict: Verdict, classes: tuple[str, ...]) -> str:
