@@ -1,7 +1,8 @@
 """What the defenses saw of one backdoored model: docs/reference/defenses/NAME.png, and its words on the page NAME.md.
 
     python benchmarks/charts.py                         all of them
-    python benchmarks/charts.py --defense strip         one; the others are asked too, for STRIP judges what they found
+    python benchmarks/charts.py --defense strip         one; may be repeated. The others are asked too, for STRIP judges
+                                                        what they found
 
 A network is trained on mnist5k by its default recipe; 4 % of its training images carry a 4x4 square and the label 1.
 Every defense that has a chart is run on it in the usual order, with default settings; only spectral signatures does not
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from molehunt import meta_files
 from molehunt.attacks import BadNets
 from molehunt.charts import CHARTS, chart_of
 from molehunt.defenses import DEFENSES, Defense
@@ -46,7 +48,8 @@ def backdoored(seed: int) -> Suspect:
     assert told.stamped is not None
     success = asr(told.stamped, told.y, Target(classes=TARGET))
     print(f"accuracy {accuracy(told.plain, told.y):.4f}, ASR {success:.4f}, {int(poisoned.altered.sum())} poisoned")
-    return Suspect.of(model, task, clean=task.secret(seed)[0], training=poisoned.stamped())
+    metas = meta_files.shipped(TASK, task.network)
+    return Suspect.of(model, task, clean=task.secret(seed)[0], training=poisoned.stamped(), metas=metas)
 
 
 def answers(suspect: Suspect, seed: int) -> dict[str, Outcome]:
@@ -79,13 +82,13 @@ def draw(finding: Finding, classes: tuple[str, ...]) -> None:
 def main() -> None:
     """Train, ask, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--defense", choices=CHARTS, help="the only picture to write; default: all")
+    parser.add_argument("--defense", action="append", choices=CHARTS, help="the only picture to write; default: all")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     suspect = backdoored(arguments.seed)
     found = answers(suspect, arguments.seed)
-    for name in [arguments.defense] if arguments.defense else CHARTS:
+    for name in arguments.defense or CHARTS:
         outcome = found[name]
         if not isinstance(outcome, Finding):
             raise SystemExit(f"{name} found nothing: {outcome}")

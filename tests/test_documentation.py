@@ -24,6 +24,7 @@ from molehunt.game.attacker import describe
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
 from molehunt.networks import NETWORKS, build, capture, features
+from molehunt.testing import auc
 from molehunt.training.recipes import RECIPES, SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -396,6 +397,46 @@ def middle(values: list[float], digits: int) -> str:
 
 def lines_of(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
+def mntd_cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval_95"]
+    families = [row["families"][k] for k in ("badnets", "blended", "stripes", "adap_blend", "refool", "tact")]
+    auc = f"{row['auc']:.3f} ({low:.3f} to {high:.3f})"
+    return [f"{row['shadows']} + {row['shadows']}", auc, *(f"{value:.2f}" for value in families)]
+
+
+def test_how_mntd_was_set_is_what_was_measured() -> None:
+    measured = [row for row in lines_of("mntd-develop") if "bank" in row]
+    assert all(row["part"] == "develop" for row in measured)
+    shown = table("docs/reference/defenses/mntd.md", "How the settings were chosen")
+    assert len(shown) == len(measured)
+    for cells, row in zip(shown, measured, strict=True):
+        words = ", ".join(f"{k}={v}" for k, v in row["settings"].items()) or "default"
+        assert [cells[0].replace("`", ""), *cells[1:]] == [words, *mntd_cells(row)]
+        assert (row["clean"], row["backdoored"]) == (40, 37)
+
+
+def test_the_score_of_recovered_triggers_is_the_statistic_that_was_best_on_develop_models() -> None:
+    measured = [row for row in lines_of("sentinet-develop") if "bank" in row]
+    truth = torch.tensor([row["hidden"] is not None for row in measured])
+    assert (int((~truth).sum()), int(truth.sum())) == (40, 37)
+    shown = table("docs/reference/defenses/sentinet.md", "How the score of recovered triggers was chosen")
+    ways: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
+        ("the smaller of Fooled and AvgConf", lambda one: min(one["fooled"], one["confidence"])),
+        ("their product", lambda one: one["fooled"] * one["confidence"]),
+        ("Fooled", lambda one: one["fooled"]),
+        ("AvgConf", lambda one: one["confidence"]),
+        ("residual over the parabola", lambda one: one["residual"]),
+    )
+    found = []
+    for name, way in ways:
+        scores = torch.tensor([max(map(way, row["candidates"])) for row in measured])
+        found.append(auc(scores, truth))
+        assert [name, f"{found[-1]:.3f}"] in shown
+    assert len(shown) == len(ways)
+    assert max(found) == found[0]
+    assert [row["score"] for row in measured] == [max(map(ways[0][1], row["candidates"])) for row in measured]
 
 
 @pytest.mark.parametrize("defense", ["unlearning", "neuron_pruning"])
