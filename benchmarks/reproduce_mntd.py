@@ -3,7 +3,7 @@
     python benchmarks/reproduce_mntd.py grow --shadows 512          trains shadows and targets; resumes
     python benchmarks/reproduce_mntd.py try --shadows 64            settings, on targets of the develop seeds
     python benchmarks/reproduce_mntd.py run --shadows 512           rows by number of shadows and kind of target
-    python benchmarks/reproduce_mntd.py bank --task mnist5k         models of a bank, by shadow models of their network
+    python benchmarks/reproduce_mntd.py bank --task mnist5k --banks FOLDER    models of a bank, by shadow models
     python benchmarks/reproduce_mntd.py collect                     results/rounds_3_4.json from the rows
 
 Networks are `mntd_mnist`. Shadows: so many clean and so many of the jumbo distribution, each of 1 200 images of its
@@ -24,7 +24,7 @@ to tell, by shadow models of the same network that see the whole training split,
 import argparse
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,15 +199,18 @@ def banked(task: str, part: str, root: Path) -> tuple[list[Network], list[str | 
 def judge_bank(task: str, part: str, most: int, settings: dict[str, Any], root: Path) -> None:
     """Make rows of how meta-classifiers judge the models of a bank: one, or by the number of shadow models."""
     name = DEVELOP if part == "develop" else NAME
-    many = [most] if settings else [m for m in (8, 16, 32, 64, 128, 256) if m <= most]
-    keys = [{"bank": task, "part": part, "shadows": m, "settings": settings} for m in many]
+    many = [most] if settings else [m for m in (8, 16, 32, 64, 128) if m <= most] or [most]
+    told = asdict(Settings(**settings))
+    keys = [{"bank": task, "part": part, "shadows": m, "settings": settings, "configuration": told} for m in many]
     wanted = list(todo(name, keys))
     if not wanted:
         print("these rows are there already")
         return
     networks, kinds = banked(task, part, root)
+    if len({kind is None for kind in kinds}) < 2:
+        raise ValueError(f"{root} has no clean and backdoored models of {task}, {part}; build them, or name --banks")
     positive = torch.tensor([kind is not None for kind in kinds])
-    population = Shadows(task=task, network=get_task(task).network, count=most)
+    population = Shadows(task=task, network=get_task(task).network, count=max(many))
     shadows_, goals = [one.network for one in population.grow()], population.targets()
     for network in shadows_:
         freeze(network)
@@ -239,7 +242,8 @@ def collect() -> None:
                 goal=None,
                 better="higher",
                 spread=row["interval_95"],
-                command=f"python benchmarks/reproduce_mntd.py bank --task {row['bank']} --part {row['part']}",
+                command=f"python benchmarks/reproduce_mntd.py bank --task {row['bank']} --part {row['part']} "
+                f"--shadows {row['shadows']} --banks FOLDER",
                 note=f"{row['clean']} clean and {row['backdoored']} backdoored models of six families; shuffled labels "
                 f"reach {row['shuffled_95']:.3f}; {', '.join(f'{k} {v:.3f}' for k, v in row['families'].items())}",
             )
@@ -262,12 +266,11 @@ def main() -> None:
     """Grow, choose, report or collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["grow", "try", "run", "bank", "collect"])
-    parser.add_argument("--shadows", type=int, default=512, help="of either kind")
+    parser.add_argument("--shadows", type=int, help="of either kind; default: 512, of bank 128")
     parser.add_argument("--targets", type=int, help="of every kind; default: 100, of try 30")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of metas; try only")
-    parser.add_argument(
-        "--state", type=Path, default=Path("runs/mntd"), help="folder of the targets; of bank: of banks"
-    )
+    parser.add_argument("--state", type=Path, default=Path("runs/mntd"), help="folder of the targets")
+    parser.add_argument("--banks", type=Path, default=Path("runs/bank"), help="of bank: folder of banks")
     parser.add_argument("--task", default="mnist5k", help="of bank")
     parser.add_argument("--part", choices=["develop", "evaluate"], default="evaluate", help="of bank")
     arguments = parser.parse_args()
@@ -280,13 +283,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.what == "bank":
         settings = parse_settings(arguments.set)
-        return judge_bank(arguments.task, arguments.part, arguments.shadows, settings, arguments.state)
+        return judge_bank(arguments.task, arguments.part, arguments.shadows or 128, settings, arguments.banks)
+    most = arguments.shadows or 512
     if arguments.what == "grow":
-        shadows(arguments.shadows)
+        shadows(most)
         for kind in KINDS:
             grown(kind, number, False, arguments.state)
         return None
-    most = arguments.shadows
     many = [most] if develop else [m for m in (16, 32, 64, 128, 256, 512) if m <= most]
     return judge(most, many, parse_settings(arguments.set), number, develop, arguments.state)
 

@@ -116,7 +116,6 @@ def judged(key: dict[str, Any], banks: Path) -> dict[str, Any]:
     return {
         **key,
         **told,
-        "settings": configuration(RAB()),
         "seconds": None if found.cost is None else found.cost.seconds,
         "threads": torch.get_num_threads(),
         "busy": round(os.getloadavg()[0], 2),
@@ -132,7 +131,9 @@ def on_bank(banks: Path, most: int) -> None:
     works = backdoored(there.values())
     clean = [e.name for e in listed if e.name in there and not e.planted][:most]
     planted = [e.name for e in listed if e.name in works][:most]
-    fill(NAME, [{"what": "bank", "model": n} for n in [*clean, *planted]], lambda key: judged(key, banks))
+    told = configuration(RAB())
+    keys = [{"what": "bank", "model": name, "settings": told} for name in [*clean, *planted]]
+    fill(NAME, keys, lambda key: judged(key, banks))
 
 
 def collect() -> None:

@@ -17,7 +17,8 @@ of every input, clean or stamped, is the trigger's own. A failure of saliency is
 
 `candidates` asks what a score of recovered triggers should be. ABS and Neural Cleanse look for triggers in the mnist5k
 models of the bank's develop partition, which must be built (`--banks`); their answers are kept in `--state`. A row per
-model has Fooled and AvgConf of each recovered trigger, and its residual over a parabola of clean images' own regions.
+model has Fooled and AvgConf of each recovered trigger, and its residual over a parabola of clean images' own regions,
+less the threshold of a stream.
 """
 
 import argparse
@@ -32,10 +33,11 @@ import torch
 from torch import Tensor
 
 from molehunt import bank, findings
+from molehunt.bank.code import place_of
 from molehunt.bank.rows import backdoored, folder_of, read_rows, regrow
 from molehunt.defenses import DEFENSES
 from molehunt.defenses._saliency import finest_map
-from molehunt.defenses._transplant import Boundary, sharpness_of, transplant
+from molehunt.defenses._transplant import Boundary, conformal_threshold, sharpness_of, transplant
 from molehunt.defenses.sentinet import LOOKED_AT, SentiNet
 from molehunt.examination import candidates, divide
 from molehunt.findings import Finding
@@ -146,17 +148,22 @@ def on_candidates(banks: Path, state: Path) -> None:
         suspect = Suspect.of(regrow(entry, there[entry.name]), task, clean=divide(task.secret(entry.seed)[0])[0])
         found: dict[str, findings.Outcome] = {}
         for name in ("abs", "neural_cleanse"):
-            path = state / f"{entry.name}-{name}.json"
-            if not path.exists():
-                findings.save(inspect(DEFENSES[name](), suspect, name=name, seed=entry.seed), path)
-            found[name] = findings.load(path)  # type: ignore[assignment]  # written above: an outcome
+            # Of these weights, by this code: else the answers of another bank would be taken for this one's.
+            path = state / f"{entry.name}-{there[entry.name].weights[:12]}-{place_of(name, DEFENSES[name])}.json"
+            if path.exists():
+                found[name] = findings.load(path)  # type: ignore[assignment]  # written below: an outcome
+                continue
+            found[name] = inspect(DEFENSES[name](), suspect, name=name, seed=entry.seed)
+            if not isinstance(found[name], Finding):
+                raise RuntimeError(f"{name} found nothing to judge: {found[name]}")
+            findings.save(found[name], path)
         asked = replace(suspect, candidates=candidates(found))
         told = inspect(defense, asked, name="sentinet", seed=entry.seed)
         if not isinstance(told, Finding):
             raise RuntimeError(f"SentiNet gave no score: {told}")
-        boundary = parabola(defense, asked, entry.seed)
+        boundary, threshold = parabola(defense, asked, entry.seed)
         each = [
-            {**one, "residual": one["fooled"] - float(boundary.height(torch.tensor([one["confidence"]])))}
+            {**one, "residual": one["fooled"] - float(boundary.height(torch.tensor([one["confidence"]]))) - threshold}
             for one in told.details["candidates"]
         ]
         seconds = None if told.cost is None else told.cost.seconds
@@ -168,20 +175,24 @@ def on_candidates(banks: Path, state: Path) -> None:
         print(f"{name}: AUC {auc(torch.tensor(scores), torch.tensor([r['hidden'] is not None for r in kept])):.3f}")
 
 
-def parabola(defense: SentiNet, suspect: Suspect, seed: int) -> Boundary:
-    """The curve of clean images' own regions, as it is fitted for a stream."""
+def parabola(defense: SentiNet, suspect: Suspect, seed: int) -> tuple[Boundary, float]:
+    """The curve of clean images' own regions and the threshold of others, as for a stream and by the same draws."""
     assert suspect.clean is not None
-    rng = generator(seed, "sentinet candidates")
-    pasted, fitted, _ = defense.split(len(suspect.clean.y), rng)
+    rng = generator(seed, "sentinet")
+    pasted, fitted, held = defense.split(len(suspect.clean.y), rng)
     overlays = suspect.clean.x[pasted]
     inert, sharpness = defense.filling(overlays, rng), sharpness_of(suspect.logits(overlays))
     path, _ = finest_map(suspect, defense.side, overlays[:LOOKED_AT])
-    seen = [
-        defense.seen(suspect, path, part, overlays, inert, sharpness)
-        for part in torch.split(suspect.clean.x[fitted], defense.step)
-    ]
-    confidence, fooled = (torch.cat([getattr(s, n).flatten() for s in seen]) for n in ("confidence", "fooled"))
-    return Boundary.fit(confidence, fooled)
+
+    def look(x: Tensor) -> tuple[Tensor, Tensor]:
+        seen = [defense.seen(suspect, path, part, overlays, inert, sharpness) for part in torch.split(x, defense.step)]
+        return torch.cat([s.confidence for s in seen]), torch.cat([s.fooled for s in seen])
+
+    confidence, fooled = look(suspect.clean.x[fitted])
+    boundary = Boundary.fit(confidence.flatten(), fooled.flatten())
+    confidence, fooled = look(suspect.clean.x[held])
+    residuals = (fooled - boundary.height(confidence)).amax(1)
+    return boundary, conformal_threshold(residuals, defense.rejection)[0]
 
 
 def statistics_of(kept: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -191,7 +202,7 @@ def statistics_of(kept: list[dict[str, Any]]) -> dict[str, list[float]]:
         "their product": lambda one: one["fooled"] * one["confidence"],
         "Fooled": lambda one: one["fooled"],
         "AvgConf": lambda one: one["confidence"],
-        "residual over the parabola": lambda one: one["residual"],
+        "residual over the parabola, less the threshold": lambda one: one["residual"],
     }
     return {
         name: [max([way(one) for one in row["candidates"]], default=-1.0) for row in kept] for name, way in ways.items()

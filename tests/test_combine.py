@@ -459,21 +459,38 @@ def test_triggers_of_other_producers_are_not_comparable_and_the_reason_names_the
     assert "strip" in tell(cleanse, same, population=population).p_values
 
 
-def test_after_fewer_searches_a_largest_score_counts_and_errs_towards_clean() -> None:
+def test_scores_of_other_meta_classifiers_are_not_comparable_and_the_reason_names_them() -> None:
+    population = people()
+    cleanse, strip = found("neural_cleanse", 0.5), found("strip", 0.9)
+    settings = {**population.defenses["strip"], "metas": "a"}
+    population = replace(population, defenses={**population.defenses, "strip": settings})
+    other = replace(strip, record={**strip.record, "metas": "b"})
+    said = tell(cleanse, other, population=population).details["skipped"]
+    assert said == {"strip": "it asked other meta-classifiers than on the reference models"}
+    assert not tell(cleanse, replace(other, record={**strip.record, "metas": "a"}), population=population).details[
+        "skipped"
+    ]
+
+
+@pytest.mark.parametrize("name", ["strip", "sentinet"])
+def test_after_fewer_searches_a_largest_score_counts_and_errs_towards_clean(name: str) -> None:
     population = people()
     settings = {**population.defenses["strip"], "producers": ["abs", "neural_cleanse"]}
-    population = replace(population, defenses={**population.defenses, "strip": settings})
-    cleanse, strip = found("neural_cleanse", 0.5), found("strip", 0.9)
+    models = tuple(
+        replace(m, scores={name if k == "strip" else k: v for k, v in m.scores.items()}) for m in population.models
+    )
+    population = replace(population, models=models, defenses={**population.defenses, name: settings})
+    cleanse, strip = found("neural_cleanse", 0.5), found(name, 0.9)
     asked = {
         who: tell(cleanse, replace(strip, record={**strip.record, "producers": who.split()}), population=population)
         for who in ("abs", "abs neural_cleanse")
     }
     # One and the same score: the searches that were not made could only have raised it.
-    assert asked["abs"].p_values["strip"] == asked["abs neural_cleanse"].p_values["strip"]
+    assert asked["abs"].p_values[name] == asked["abs neural_cleanse"].p_values[name]
     assert any("errs towards a clean model" in told for told in asked["abs"].details["warnings"])
     assert not any("errs towards" in told for told in asked["abs neural_cleanse"].details["warnings"])
     nobody = tell(cleanse, replace(strip, record={**strip.record, "producers": []}), population=population)
-    assert "strip" not in nobody.p_values
+    assert name not in nobody.p_values
 
 
 def test_do_no_harm_a_model_that_looks_clean_keeps_its_weights() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from molehunt import calibration
 from molehunt.combine import verdict
-from molehunt.defenses import STRIP, Defense
+from molehunt.defenses import MNTD, STRIP, Defense
 from molehunt.engine import Run
 from molehunt.examination import examine, searched
 from molehunt.findings import Abstention, Candidate, Failure, Finding, Outcome
@@ -110,3 +110,12 @@ def test_who_scores_training_samples_has_looked_for_no_trigger() -> None:
         ),
     }
     assert searched(outcomes) == ["abs"]
+
+
+def test_who_asks_meta_classifiers_has_looked_for_no_trigger() -> None:
+    suspect = planted(grants=[Access.CLEAN, Access.METAS]).suspect
+    found = inspect(MNTD(), suspect, seed=0)
+    assert isinstance(found, Finding)
+    assert found.class_scores is not None
+    assert searched({"mntd": found}) == []
+    assert searched({"mntd": replace(found, record={})}) == ["mntd"], "known by its record"

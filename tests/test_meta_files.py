@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from molehunt import calibration, meta_files
 from molehunt.metas import Meta, Settings, digest
+from molehunt.tasks import get_task
 
 SHAPE = (1, 6, 6)
 
@@ -27,13 +29,13 @@ def told(path: Path) -> dict[str, object]:
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
-    metas = [meta(0), meta(1, per_class=True)]
+    metas = [meta(0), meta(1, per_class=False)]
     meta_files.save(metas, tmp_path / "m.safetensors", {"shadows": 8})
-    read = meta_files.load(tmp_path / "m.safetensors")
+    read, about = meta_files.load(tmp_path / "m.safetensors")
+    assert about == {"shadows": 8}
     assert digest(read) == digest(metas)
     assert [one.settings for one in read] == [one.settings for one in metas]
     assert not any(p.requires_grad or one.training for one in read for p in one.parameters())
-    assert told(tmp_path / "m.safetensors")["about"] == {"shadows": 8}
 
 
 def test_the_same_ones_give_the_same_bytes(tmp_path: Path) -> None:
@@ -59,17 +61,19 @@ def test_none_or_too_many_are_not_written(count: int, tmp_path: Path) -> None:
         json.dumps({"format": meta_files.FORMAT, "metas": []}),
         json.dumps({"format": meta_files.FORMAT, "metas": ["x"]}),
         json.dumps({"format": meta_files.FORMAT}),
+        "[" * 100_000,
+        '{"format": 1, "format": 2}',
     ],
 )
 def test_another_file_is_refused(about: str | None, tmp_path: Path) -> None:
     save_file({"0.queries": torch.zeros(2, *SHAPE)}, tmp_path / "m", None if about is None else {"about": about})
-    with pytest.raises(ValueError, match="holds no meta-classifiers"):
+    with pytest.raises(ValueError, match="no meta-classifiers"):
         meta_files.load(tmp_path / "m")
 
 
 def test_a_pickle_is_refused(tmp_path: Path) -> None:
     torch.save({"0.queries": torch.zeros(2)}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match="holds no meta-classifiers"):
+    with pytest.raises(ValueError, match="no meta-classifiers"):
         meta_files.load(tmp_path / "m.pt")
 
 
@@ -83,6 +87,55 @@ def test_tensors_that_do_not_fit_are_refused_and_the_place_is_named(tmp_path: Pa
         meta_files.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("0.queries", torch.zeros(2, *SHAPE, dtype=torch.float64)),
+        ("0.queries", torch.zeros(2, *SHAPE, dtype=torch.int64)),
+        ("0.queries", torch.zeros(3, *SHAPE)),
+        ("0.hidden.weight", torch.zeros(3, 9)),
+        ("0.more", torch.zeros(1)),
+    ],
+)
+def test_a_tensor_of_another_kind_is_refused(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    meta_files.save([meta(0)], path)
+    save_file(load_file(path) | {name: tensor}, path, {"about": json.dumps(told(path))})
+    with pytest.raises(ValueError, match="meta-classifier 1: "):
+        meta_files.load(path)
+
+
+def test_no_classes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    meta_files.save([meta(0)], path)
+    about: dict[str, Any] = told(path)
+    about["metas"][0]["classes"] = 0
+    tensors = load_file(path) | {"0.hidden.weight": torch.zeros(3, 0)}
+    save_file(tensors, path, {"about": json.dumps(about)})
+    with pytest.raises(ValueError, match="0 classes"):
+        meta_files.load(path)
+
+
+def test_only_those_for_the_same_models_are_chosen(tmp_path: Path) -> None:
+    task, path = get_task("mnist5k"), tmp_path / "m"
+    right = Meta(task.shape, 10, task.mean, task.std, Settings(), torch.Generator().manual_seed(0))
+    meta_files.save([right], path, {"task": "mnist5k", "network": "lenet5"})
+    found = meta_files.chosen(path, task, "lenet5")
+    assert found is not None
+    assert digest(found) == digest([right])
+    with pytest.raises(ValueError, match="for lenet5 models of mnist5k, not for badnets_cnn models of mnist5k"):
+        meta_files.chosen(path, task, "badnets_cnn")
+    with pytest.raises(ValueError, match=r"not for lenet5 models of mnist$"):
+        meta_files.chosen(path, get_task("mnist"), "lenet5")
+    meta_files.save([right], path)
+    with pytest.raises(ValueError, match="for None models of None"):
+        meta_files.chosen(path, task, "lenet5")
+    meta_files.save([meta(0)], path, {"task": "mnist5k", "network": "lenet5"})
+    with pytest.raises(ValueError, match="mnist5k has"):
+        meta_files.chosen(path, task, "lenet5")
+    assert meta_files.chosen(None, task, "lenet5") is None
+
+
 def test_a_huge_file_is_not_even_opened(tmp_path: Path) -> None:
     with (tmp_path / "m").open("wb") as file:
         file.truncate(meta_files.LARGEST + 1)
@@ -90,7 +143,7 @@ def test_a_huge_file_is_not_even_opened(tmp_path: Path) -> None:
         meta_files.load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("task", ["mnist5k"])
+@pytest.mark.parametrize("task", ["mnist5k", "mnist"])
 def test_those_of_the_package_are_those_that_the_calibration_was_made_with(task: str) -> None:
     metas, population = meta_files.shipped(task, "badnets_cnn"), calibration.shipped(task, "badnets_cnn")
     assert metas is not None

@@ -294,6 +294,8 @@ def _incomparable(finding: Finding, population: Population) -> str | None:
     if {**here, "producers": None} == {**there, "producers": None}:
         found = [_named(one) for one in (here, there)]
         return f"it judges triggers that {found[0]} looked for; on the reference models {found[1]} did"
+    if {**here, "metas": None} == {**there, "metas": None}:
+        return "it asked other meta-classifiers than on the reference models"
     return "the reference models were scored in another configuration"
 
 

@@ -50,7 +50,7 @@ class Settings:
         clip: whether queries stay in [0, 1].
         per_class: read the answers once per class, by the same weights: those for the class first, then all others,
             sorted. So there is a score per class, whatever its number; the largest is the model's. Chosen on models of
-            the bank's develop partition: it needs an eighth of the shadow models.
+            the bank's develop partition: it needs a sixteenth of the shadow models.
         robust: the hidden layer keeps its random weights, and only the queries and the last layer learn: whoever trains
             against it does not know weights that do not exist yet. That holds where they are drawn late and from a
             secret seed.
@@ -184,11 +184,15 @@ class Meta(nn.Module):
         settings = _settings(document.get("settings"))
         shape, classes, queries = document.get("shape"), document.get("classes"), tensors.get("queries")
         whole = isinstance(shape, list) and [type(side) for side in shape] == [int] * 3
-        # Before anything is made of these numbers: they may be as large as somebody likes.
-        if not whole or type(classes) is not int or queries is None or list(queries.shape[1:]) != shape:
+        # Before anything is made of these numbers: they may be as large as somebody likes, or zero.
+        if type(classes) is not int or classes < 2 or queries is None or queries.numel() == 0:
+            raise ValueError(f"no meta-classifier: {classes!r} classes and its queries are no numbers to go by")
+        if not whole or list(queries.shape[1:]) != shape:
             raise ValueError(f"no meta-classifier: shape {shape!r}, classes {classes!r} and its queries do not fit")
-        if len(queries) != settings.queries or not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
-            raise ValueError(f"no meta-classifier: expected {settings.queries} queries, and finite numbers alone")
+        if any(t.dtype != torch.float32 or not bool(torch.isfinite(t).all()) for t in tensors.values()):
+            raise ValueError("no meta-classifier: expected finite numbers in float32 alone")
+        if len(queries) != settings.queries:
+            raise ValueError(f"no meta-classifier: expected {settings.queries} queries, got {len(queries)}")
         first = tensors.get("hidden.weight")
         if first is None or list(first.shape) != [settings.hidden, settings.queries * classes]:
             raise ValueError("no meta-classifier: the hidden layer is of another size than the settings say")

@@ -225,6 +225,6 @@ class Shadows:
 def _read(path: Path) -> Meta | None:
     """A kept meta-classifier; None where there is none, or the file is broken."""
     try:
-        return meta_files.load(path)[0] if path.exists() else None
+        return meta_files.load(path)[0][0] if path.exists() else None
     except (ValueError, OSError):
         return None

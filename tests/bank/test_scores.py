@@ -383,6 +383,23 @@ class TestOneMoreDefense:
         # Without any it can have no opinion, and is not asked beside one that can.
         assert scoring(asked, metas=[])[0].asked.keys() == {"tally"}
 
+    def test_silence_for_lack_of_meta_classifiers_does_not_outlast_it(self, scoring: Scoring) -> None:
+        asked: dict[str, Defense] = {"asking": Asking()}
+        silent = scoring(asked, metas=[])[0]
+        assert "meta-classifiers" in silent.abstained["asking"]
+        scoring(asked, metas=[])
+        assert scoring.fresh == []
+        assert scoring(asked, metas=[meta(0)])[0].scores.keys() == {"asking"}
+
+    def test_after_a_failure_the_others_are_not_asked_again(self, scoring: Scoring, tmp_path: Path) -> None:
+        there = tmp_path / "there"
+        there.touch()
+        asked: dict[str, Defense] = {"asking": Asking(), "broken": Broken(while_there=str(there))}
+        scoring(asked, metas=[meta(0)])
+        there.unlink()
+        assert scoring(asked, metas=[meta(0)])[0].scores.keys() == {"asking", "broken"}
+        assert Tally.calls == ["asking"]
+
     def test_meta_classifiers_of_the_package_are_granted(
         self, scoring: Scoring, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from commands import dying
-from molehunt import calibration, checkpoints, defenses, runner
+from molehunt import calibration, checkpoints, defenses, meta_files, runner
 from molehunt.bank import read_rows, regrow, scores
 from molehunt.bank.roster import Entry, entries
 from molehunt.calibration import load
@@ -19,6 +20,7 @@ from molehunt.conformal import conformal
 from molehunt.defenses import ABS, STRIP, NeuralCleanse
 from molehunt.engine import Run
 from molehunt.findings import Finding
+from molehunt.metas import Meta, Settings, digest
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import get_task
 
@@ -69,6 +71,24 @@ def test_part_of_the_defenses_leaves_what_all_of_them_scored(bank: Path) -> None
     assert main(["calibrate", *FAST, "--most", "1"]) == 0
     assert (bank / "scores/calibrate-clean-000.json").read_text() == "whole"
     assert set(load(Path("mnist5k-badnets_cnn.json")).defenses) == {"abs", "neural_cleanse", "strip"}
+
+
+def test_meta_classifiers_of_a_file_are_asked_and_the_calibration_says_which(
+    bank: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = get_task("mnist5k")
+    made = Meta(task.shape, 10, task.mean, task.std, Settings(), torch.Generator().manual_seed(5))
+    meta_files.save([made], tmp_path / "mine", {"task": "mnist5k", "network": "badnets_cnn"})
+    command = ["calibrate", "--most", "2", "--defense", "mntd", "--not-isolated"]
+    assert main([*command, "--metas", "mine", "--out", "mine.json"]) == 0
+    assert load(Path("mine.json")).defenses["mntd"]["metas"] == digest([made])
+    assert main([*command, "--defense", "rab", "--out", "public.json"]) == 0
+    public = meta_files.shipped("mnist5k", "badnets_cnn")
+    assert public is not None
+    assert load(Path("public.json")).defenses["mntd"]["metas"] == digest(public)
+    assert "not asked, for no model comes with what they need: rab" in capsys.readouterr().err
+    assert main(["calibrate", "--most", "2", "--defense", "rab", "--not-isolated"]) == 3
+    assert "no model of a bank comes with what is needed" in " ".join(capsys.readouterr().err.split())
 
 
 def test_fresh_models_for_a_null_check(bank: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.text import Text
 
-from molehunt import report
+from molehunt import meta_files, report
 from molehunt.cli import main
 from molehunt.commands import play
 from molehunt.confinement import Unavailable
@@ -19,6 +19,8 @@ from molehunt.findings import Finding
 from molehunt.game import host, publication
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import Sandbox
+from molehunt.metas import Meta, Settings, digest
+from molehunt.tasks import get_task
 from molehunt.testing import planted
 
 Out = pytest.CaptureFixture[str]
@@ -76,7 +78,9 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
         "abs",
         "neural_cleanse",
         "pruning_detection",
+        "mntd",
         "strip",
+        "sentinet",
         "fine_tuning",
         "super_fine_tuning",
         "fine_pruning",
@@ -128,6 +132,31 @@ def test_another_game_in_the_folder_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(host, "Host", refuse)
     assert main(["play", "--not-isolated"]) == 3
     assert "another game" in capsys.readouterr().err
+
+
+def test_meta_classifiers_are_those_of_the_package_or_of_a_file(fake: type[FakeHost], tmp_path: Path) -> None:
+    task = get_task("mnist5k")
+    made = Meta(task.shape, 10, task.mean, task.std, Settings(), torch.Generator().manual_seed(5))
+    meta_files.save([made], tmp_path / "mine", {"task": "mnist5k", "network": "badnets_cnn"})
+    command = ["play", "--not-isolated", "--round", "IV"]
+    assert main(command) == 0
+    public = meta_files.shipped("mnist5k", "badnets_cnn")
+    assert public is not None
+    assert digest(fake.asked["metas"]) == digest(public)
+    assert main([*command, "--metas", str(tmp_path / "mine")]) == 0
+    assert digest(fake.asked["metas"]) == digest([made])
+    assert fake.told[-1].endswith(f"--metas {tmp_path / 'mine'}")
+    assert main([*command, "--metas", str(tmp_path / "mine"), "--network", "lenet5"]) == 3
+
+
+def test_a_round_that_nobody_could_answer_in_is_refused(fake: type[FakeHost], capsys: Out) -> None:
+    command = ["play", "--not-isolated", "--round", "IV", "--network", "lenet5"]
+    assert main(command) == 3
+    said = " ".join(capsys.readouterr().err.split())
+    assert "molehunt shadows --task mnist5k --network lenet5, and name the file with --metas" in said
+    # On the data board RAB needs none.
+    assert main([*command, "--board", "data"]) == 0
+    assert fake.asked["metas"] is None
 
 
 def test_a_round_of_which_nothing_is_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:

@@ -316,12 +316,12 @@ def test_meta_classifiers_are_those_of_the_package_or_of_a_file(
     made = Meta(TASK.shape, 10, TASK.mean, TASK.std, Settings(), torch.Generator().manual_seed(5))
     monkeypatch.setattr(meta_files, "shipped", lambda task, network: (task, network))
     assert asked_with(model, monkeypatch)["metas"] == (TASK.name, honest.NETWORK)
-    meta_files.save([made], tmp_path / "mine.safetensors")
+    meta_files.save([made], tmp_path / "mine.safetensors", {"task": TASK.name, "network": honest.NETWORK})
     seen = asked_with(model, monkeypatch, "--metas", str(tmp_path / "mine.safetensors"))
     assert digest(seen["metas"]) == digest([made])
     assert f"--metas {tmp_path / 'mine.safetensors'}" in seen["command"]
     assert scanning(model, "--metas", str(model)) == 3
-    assert "holds no meta-classifiers" in " ".join(capsys.readouterr().err.split())
+    assert "no meta-classifiers" in " ".join(capsys.readouterr().err.split())
     assert scanning(model, "--metas", str(tmp_path / "gone")) == 3
 
 

@@ -30,7 +30,9 @@ def test_the_file_is_there_and_says_what_it_is_made_of(tmp_path: Path, capsys: O
     assert "1 meta-classifiers, from 1 clean and 1 backdoored badnets_cnn models of mnist5k" in said
     assert "1/2 shadow models: 2 models" in told
     assert "2/2 meta-classifier 1" in told
-    (made,) = meta_files.load(tmp_path / "mnist5k-badnets_cnn.safetensors")
+    (made,), about = meta_files.load(tmp_path / "mnist5k-badnets_cnn.safetensors")
+    assert about["recipe"] == HURRIED.to_json()
+    assert (about["task"], about["network"], about["shadows"]) == ("mnist5k", "badnets_cnn", 1)
     assert made.settings.per_class
     assert not made.settings.robust
 
@@ -42,7 +44,7 @@ def test_what_is_made_is_not_made_again_and_other_settings_are_others(tmp_path: 
     assert "meta-classifier 1" not in capsys.readouterr().err.rpartition("Training 2 shadow")[2]
     assert growing("--out", "c", "--seed", "7") == 0
     assert growing("--out", "d", "--robust") == 0
-    a, c, d = (meta_files.load(tmp_path / name) for name in "acd")
+    a, c, d = (meta_files.load(tmp_path / name)[0] for name in "acd")
     assert len({digest(a), digest(c), digest(d)}) == 3
     assert d[0].settings.robust
 

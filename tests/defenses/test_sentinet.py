@@ -384,6 +384,7 @@ def test_a_soft_trigger_is_stamped_and_replaced_as_a_whole() -> None:
     assert rows[1]["fooled"] <= 0.5
     # Light all over leaves nothing that noise could leave alone, so however well it works it is no small trigger.
     assert rows[0]["score"] == rows[0]["confidence"] < rows[0]["fooled"]
+    assert rows[1]["score"] <= rows[1]["fooled"] <= 0.5
 
 
 def test_the_place_of_a_patch_is_the_patch() -> None:

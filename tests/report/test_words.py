@@ -128,6 +128,12 @@ def test_what_is_certified_is_said_in_the_words_of_who_certifies() -> None:
     assert "\x00" not in said
 
 
+def test_equal_class_scores_point_nowhere() -> None:
+    for scores in (torch.zeros(2), torch.full((2,), -1.0)):
+        finding = Finding(defense="d", score=0.0, class_scores=scores)
+        assert words.says(finding, made(0.5), ("cat", "dog")) == ""
+
+
 def test_sentences_name_the_likeliest_target_only_when_something_was_found() -> None:
     assert "“dog” (90.0 %)" in words.sentence(made(0.9), ("cat", "dog"), 0.8, 0.2)
     assert "dog" not in words.sentence(made(0.5), ("cat", "dog"), 0.8, 0.2)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 OURS = "molehunt.defenses"
+METAS = "molehunt.metas"
 
 
 def place_of(name: str, kind: type) -> str:
@@ -23,7 +24,8 @@ def digest(kind: type) -> str:
     """SHA-256 of the code of a class, in hexadecimal: of the whole package that it lies in, else of its file.
 
     Of a package every file counts, data too, for a defense may read them. Of Molehunt's own defenses it is the file and
-    those files of `molehunt.defenses` that it imports, so that a new defense leaves the scores of the others valid.
+    those files of `molehunt.defenses` that it imports, so that a new defense leaves the scores of the others valid; and
+    `molehunt.metas` where that is imported, which holds half of a method.
     """
     sha = hashlib.sha256()
     for base, path in _files(kind):
@@ -69,7 +71,9 @@ def _reached(kind: type) -> list[tuple[Path, Path]]:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{OURS}."):
                 open_.append(folder / f"{str(node.module).removeprefix(f'{OURS}.')}.py")
-    return [(folder, path) for path in sorted(found)]
+            if isinstance(node, ast.ImportFrom) and node.module == METAS:
+                open_.append(folder.parent / "metas.py")
+    return [(folder if path.parent == folder else folder.parent, path) for path in sorted(found)]
 
 
 def _package(kind: type) -> str | None:

@@ -126,10 +126,12 @@ def lacking(kept: Scored | None, row: Row, asked: Mapping[str, Defense], metas: 
 
 
 def _other_metas(kept: Scored, name: str, defense: Defense, metas: str | None) -> bool:
-    """Whether a score came of other meta-classifiers than are granted now."""
-    if not any(Access.METAS in need for need in defense.needs) or name in kept.abstained:
+    """Whether a score came of other meta-classifiers than are granted now, or silence of none being granted then."""
+    if not any(Access.METAS in need for need in defense.needs):
         return False
-    return bool(kept.settings.get(name, {}).get("metas") != metas)
+    if name in kept.abstained:
+        return metas is not None
+    return name in kept.settings and kept.settings[name].get("metas") != metas
 
 
 _BY_NAME = ("asked", "code", "scores", "settings", "repairs", "abstained", "failed", "costs")

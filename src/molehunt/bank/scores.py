@@ -91,7 +91,9 @@ def score(
     metas = _metas(listed[0], metas)
     found = kept(listed, folder, defenses, place=place, metas=metas)
     missing = [(entry, row) for entry, row in zip(listed, rows, strict=True) if entry.name not in found]
-    fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting, metas), missing)
+    # As bytes: every tensor in what another process is sent is an open file, for each model that waits.
+    packed = meta_files.pack(metas) if metas else None
+    fresh = (engine or Local()).map(partial(_finish, folder / place, dict(defenses), inspecting, packed), missing)
     try:
         for scored in fresh:
             found[scored.name] = scored
@@ -228,11 +230,12 @@ def _finish(
     folder: Path,
     defenses: Mapping[str, Defense],
     inspecting: Inspecting,
-    metas: tuple[Meta, ...],
+    packed: bytes | None,
     item: tuple[Entry, Row],
 ) -> Scored:
     """Let those answer about one model whose answer is not there, and put what came of it on disk."""
     entry, row = item
+    metas = meta_files.unpack(packed)[0] if packed else ()
     path = folder / f"{entry.name}.json"
     before, asked = read_scored(path), _for(entry, defenses, metas)
     missing = lacking(before, row, asked, _told(metas))

@@ -34,7 +34,9 @@ def sentinet(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
             axes.plot(*zip(*clean, strict=True), "o", color=REST, markersize=3, label="regions of clean images")
         if a is not None and b is not None and c is not None and clean:
             t = np.linspace(min(x for x, _ in clean), max(x for x, _ in clean), 60)
-            axes.plot(t, a * t**2 + b * t + c, color=INK, linewidth=1.2, linestyle=DASHED, label="parabola")
+            # The boundary stays among the points that it was fitted to, whatever the parabola does between them.
+            height = np.clip(a * t**2 + b * t + c, number(curve.get("least")) or 0.0, number(curve.get("most")) or 1.0)
+            axes.plot(t, height, color=INK, linewidth=1.2, linestyle=DASHED, label="parabola")
         label = "regions of the stream" if best is None else "recovered triggers"
         if target is not None:
             label += f", best for {label_of(target, classes)}"

@@ -88,8 +88,13 @@ def calibrate(
         check_target(picture)
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
-            asking = None if metas is None else meta_files.load(metas)
+            asking = meta_files.chosen(metas, get_task(task), network)
             scores.rows_of(listed, where)  # before data are fetched and a sandbox is started for nothing
+        silent = [n for n, d in defenses.items() if not scores.answerable(listed[0], d, asking)]
+        if len(silent) == len(defenses):
+            raise InputError(f"{', '.join(silent)}: no model of a bank comes with what is needed; see their pages")
+        if silent:
+            console.print(f"not asked, for no model comes with what they need: {', '.join(silent)}", soft_wrap=True)
         ensure(task, console)
         with watching(console) as watch, ExitStack() as stack:
             watch.stage(f"Scoring {len(listed)} models", len(listed))

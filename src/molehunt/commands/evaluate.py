@@ -69,6 +69,8 @@ def evaluate(
             console.print(
                 f"{legible(defense, 80)} judges triggers that {' and '.join(also)} {verb} for", soft_wrap=True
             )
+        if not scores.answerable(listed[0], found.defense):
+            raise InputError(f"no model of a bank comes with what {legible(defense, 80)} needs")
         where = folder_of(folder, task, network)
         with given((ValueError, OSError)):
             scores.rows_of(listed, where)

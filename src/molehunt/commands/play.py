@@ -3,7 +3,7 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from molehunt.commands.interrupt import RESUMES, Interrupt
 from molehunt.commands.options import Isolated, Seconds, Seed, TaskName, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
+
+if TYPE_CHECKING:
+    from molehunt.game.entries import Settings
 
 
 def play(
@@ -36,6 +39,15 @@ def play(
             help="Folder of the game. Default: runs/play-TASK-SEED, with -data on the data board.", show_default=False
         ),
     ] = None,
+    metas: Annotated[
+        Path | None,
+        typer.Option(
+            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, which "
+            "everybody knows, where it has some for this task and network.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
     jobs: Annotated[
@@ -54,6 +66,7 @@ def play(
     """
     console = consoles.messages()
     with Interrupt(console, RESUMES) as interrupt:
+        from molehunt import meta_files
         from molehunt.commands.evaluation import evaluation
         from molehunt.commands.fetching import ensure
         from molehunt.defenses import DEFENSES
@@ -64,6 +77,7 @@ def play(
         from molehunt.game.rules import get_round
         from molehunt.networks import NETWORKS
         from molehunt.report import game_text
+        from molehunt.suspect import Access
         from molehunt.tasks import get_task
 
         use_threads(threads)
@@ -86,6 +100,14 @@ def play(
         if not defenses:
             needed = ", ".join(played_round.on_board(board))
             raise InputError(f"no defense of round {round_} is there yet: it needs {needed}")
+        with given((ValueError, OSError)):
+            asking = meta_files.chosen(metas, problem, settings.network)
+        if asking is None and all(Access.METAS in need for d in defenses.values() for need in d.needs):
+            named = f"--task {problem.name} --network {settings.network}"
+            raise InputError(
+                f"round {round_} asks meta-classifiers, and none come with the package for these models; train some "
+                f"with molehunt shadows {named}, and name the file with --metas"
+            )
         folder = out or Path("runs") / f"play-{_slug(task)}-{seed}{'-data' if board == 'data' else ''}"
         ensure(problem.name, console)
         count = jobs or _at_once(threads)
@@ -110,9 +132,10 @@ def play(
                     inspectors=inspectors,
                     engine=Processes(count, threads) if count > 1 else Local(),
                     watch=watch,
+                    metas=asking,
                 )
             played = host.play()
-        command = _command(settings.task, settings.network, settings.round, board, seed, teams, clean, references)
+        command = _command(settings, metas)
         report = publication.summary(played, command)
         page = publication.publish(played, report)
     shown = consoles.result()
@@ -136,18 +159,18 @@ def _slug(task: str) -> str:
     return legible(Path(task.partition("?")[0].removeprefix("folder:")).name or "folder", 60)
 
 
-def _command(
-    task: str, network: str, round_: str, board: str, seed: int, teams: int, clean: int, references: int
-) -> str:
+def _command(settings: "Settings", metas: Path | None) -> str:
     """What plays the same game again; every setting is named, for defaults may change."""
     named = {
-        "task": task,
-        "network": network,
-        "round": round_,
-        "board": board,
-        "seed": seed,
-        "teams": teams,
-        "clean": clean,
-        "references": references,
+        "task": settings.task,
+        "network": settings.network,
+        "round": settings.round,
+        "board": settings.board,
+        "seed": settings.seed,
+        "teams": settings.teams,
+        "clean": settings.clean,
+        "references": settings.references,
     }
+    if metas is not None:
+        named["metas"] = str(metas)
     return shlex.join(["molehunt", "play", *(word for k, v in named.items() for word in (f"--{k}", str(v)))])

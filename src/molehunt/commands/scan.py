@@ -119,7 +119,7 @@ def scan(
         defenses |= get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
         with given((ValueError, OSError)):
             known = None if references is None else comparable(calibration.load(references), problem, model.name)
-            asking = meta_files.shipped(problem.name, model.name) if metas is None else meta_files.load(metas)
+            asking = meta_files.chosen(metas, problem, model.name)
         if pictures is None:
             ensure(problem.name, console)
         with given():

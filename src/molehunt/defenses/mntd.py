@@ -7,6 +7,7 @@ import torch
 
 from molehunt.engine import Run
 from molehunt.findings import Finding
+from molehunt.metas import Meta
 from molehunt.suspect import Access, Suspect
 
 
@@ -45,7 +46,7 @@ class MNTD:
     @torch.no_grad()
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         """Ask the suspect; see the class."""
-        metas = suspect.metas
+        metas: tuple[Meta, ...] | None = suspect.metas
         if not metas:
             raise ValueError("MNTD needs at least one trained meta-classifier")
         logits, by_class = [], []

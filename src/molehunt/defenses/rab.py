@@ -54,7 +54,7 @@ class RAB:
         size: standard deviation of the noise, or half the width of the uniform one, above 0.
         steps: of training each network.
         batch: pictures per step.
-        alpha: chance in (0, 1) that the bound of one image's vote is wrong. With fewer than 13 members nothing is
+        alpha: chance in (0, 1) that the bound of one image's vote is wrong. With fewer than 12 members nothing is
             certified at the default.
         certified: clean images that radii are told of, at most.
         distill: whether a network is trained on the vote's labels.

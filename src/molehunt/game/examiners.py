@@ -18,6 +18,7 @@ from molehunt.game.delivery import Delivery
 from molehunt.game.referee import Referee, read_verdict
 from molehunt.game.rules import get_round
 from molehunt.game.submission import Submission
+from molehunt.metas import Meta
 from molehunt.networks import Network
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images
@@ -42,7 +43,12 @@ class Examiners:
     """The defenses of one game, and those who run them side by side."""
 
     def __init__(
-        self, delivery: Delivery, defenses: Mapping[str, Defense], inspectors: Sequence[Inspect], watch: Watch
+        self,
+        delivery: Delivery,
+        defenses: Mapping[str, Defense],
+        inspectors: Sequence[Inspect],
+        watch: Watch,
+        metas: tuple[Meta, ...] | None = None,
     ) -> None:
         """Name who asks whom.
 
@@ -51,11 +57,12 @@ class Examiners:
             defenses: what is asked, by name.
             inspectors: each runs one defense at a time; as many are asked at once.
             watch: is told how far things are.
+            metas: meta-classifiers for models of the game; None for those of the package, if there are any.
         """
         self.delivery, self.defenses, self.inspectors, self.watch = delivery, defenses, inspectors, watch
         self.settings, self.folder, self.task = delivery.settings, delivery.folder, delivery.task
         self.round = get_round(self.settings.round)
-        self.metas = meta_files.shipped(self.task.name, self.settings.network)
+        self.metas = metas or meta_files.shipped(self.task.name, self.settings.network)
 
     def population(self, referee: Referee) -> Population:
         """Return the clean scores to compare with: those shipped for this task and network, else the references'."""
@@ -75,9 +82,7 @@ class Examiners:
             # Each reference meets clean images drawn for it, as each game draws its own.
             clean, _ = self.task.secret(self.settings.seed_for(f"split of reference {i + 1}"))
             training = self.delivery.clean(f"reference {i + 1}")
-            suspect = Suspect.of(
-                referee.references[i], self.task, clean=divide(clean)[0], training=training, metas=self.metas
-            )
+            suspect = self._suspect(referee.references[i], divide(clean)[0], training)
             # What a repair does to a clean model is no score: nothing to compare with comes of it.
             return dict(examine(suspect, asked, self._kept(self.folder / "references" / f"outcomes-{i}", inspect)))
 
@@ -107,9 +112,7 @@ class Examiners:
             path = folder / "verdict.json"
             if not path.exists():
                 training = self.delivery.seen(submission)
-                suspect = Suspect.of(
-                    referee.model(submission), self.task, clean=seen, training=training, metas=self.metas
-                )
+                suspect = self._suspect(referee.model(submission), seen, training)
 
                 def fuse(outcomes: Iterable[findings.Outcome]) -> findings.Verdict:
                     return combine.verdict(

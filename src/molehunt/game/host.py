@@ -38,7 +38,7 @@ from molehunt.game.examiners import Examiners, Watch
 from molehunt.game.referee import STREAM, Judged, Opened, Referee
 from molehunt.game.rules import Round, get_round
 from molehunt.game.submission import Submission, ingest, open_stored_set
-from molehunt.metas import digest
+from molehunt.metas import Meta, digest
 from molehunt.runner import generator
 from molehunt.suspect import Access
 from molehunt.tasks import Images, Task, get_task
@@ -117,6 +117,7 @@ class Host:
         inspectors: Sequence[Inspect],
         engine: Engine,
         watch: Watch,
+        metas: tuple[Meta, ...] | None = None,
     ) -> None:
         """Open or make the folder of a game.
 
@@ -127,6 +128,7 @@ class Host:
             inspectors: each runs one defense at a time, all of them at once: as many models are examined together.
             engine: where networks are trained.
             watch: who looks on.
+            metas: meta-classifiers that MNTD asks; None for those of the package, if there are any.
 
         Raises:
             ValueError: the folder holds another game, or an unknown task, network or round is named.
@@ -135,7 +137,7 @@ class Host:
         self.engine, self.watch = engine, watch
         self.task = get_task(settings.task)
         self.delivery = Delivery(settings=settings, folder=folder, task=self.task)
-        self.examiners = Examiners(self.delivery, defenses, inspectors, watch)
+        self.examiners = Examiners(self.delivery, defenses, inspectors, watch, metas)
         self.round = get_round(settings.round)
         recipe_for(settings.network, self.task)
         wanted = {**asdict(settings), "defenses": {name: repr(d) for name, d in defenses.items()}}

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+from torch import Tensor
+
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
 from molehunt.legible import BLANK as BLANK
 from molehunt.legible import legible as legible
@@ -173,7 +175,7 @@ def _found(finding: Finding, classes: tuple[str, ...]) -> str:
     parts = []
     if finding.target is not None and 0 <= finding.target < len(classes):
         parts.append(f"recovered a trigger for “{legible(classes[finding.target], 40)}”")
-    elif finding.class_scores is not None and len(finding.class_scores) == len(classes):
+    elif _points(finding.class_scores, len(classes)) and finding.class_scores is not None:
         parts.append(f"points to “{legible(classes[int(finding.class_scores.argmax())], 40)}”")
     if finding.input_scores is not None:
         parts.append(f"scored {count(len(finding.input_scores))} inputs")
@@ -185,6 +187,11 @@ def _found(finding: Finding, classes: tuple[str, ...]) -> str:
         parts.append(f"certified radius {number(finding.radius)}")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:]
+
+
+def _points(scores: Tensor | None, classes: int) -> bool:
+    """Whether class scores point anywhere: there is one per class, and not all are equal."""
+    return scores is not None and len(scores) == classes and bool(scores.max() > scores.min())
 
 
 def share(value: float) -> str:
