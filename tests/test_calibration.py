@@ -161,9 +161,9 @@ def test_the_shipped_population_fits_the_defenses_as_they_are() -> None:
     defenses: dict[str, Defense] = {name: make() for name, make in DEFENSES.items()}
     found = shipped("mnist5k", "badnets_cnn", defenses)
     assert found is not None, "score the bank again: python benchmarks/bank.py run --task mnist5k, then ship"
-    assert (len(found.clean), len(found.planted)) == (99, 91)
+    assert (len(found.clean), len(found.planted)) == (99, 90)
     assert found.defenses["strip"]["producers"] == ["abs", "neural_cleanse"]
-    assert set(found.defenses) == set(scoring(defenses)), "everybody who scores"
+    assert set(found.defenses) == set(scoring(defenses)) - {"rab"}, "everybody who scores without a training set"
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class Asking:
 
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         assert suspect.metas is not None
-        return Finding(defense="mntd", score=float(suspect.metas[0].queries.sum()))
+        return Finding(defense="mntd", score=float(suspect.metas[0].queries.detach().sum()))
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -101,7 +101,7 @@ def test_meta_classifiers_are_granted_a_hosts_own_before_those_of_the_package(
     examiners = Examiners(delivery, {"mntd": Asking()}, [inspect], Silent(), (mine,) if own else None)
     population = examiners.population(referee)
     wanted = mine if own else public
-    assert population.column("mntd") == pytest.approx([float(wanted.queries.sum())] * 5)
+    assert population.column("mntd") == pytest.approx([float(wanted.queries.detach().sum())] * 5)
     assert population.defenses["mntd"]["metas"] == digest([wanted])
     some: Any = SimpleNamespace(id="one", weights="w", training=None, manifest=SimpleNamespace(recipe="lenet5"))
     clean, _ = TASK.secret(1)
