@@ -23,6 +23,7 @@ to tell, by shadow models of the same network that see the whole training split,
 
 import argparse
 import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from molehunt import bank
 from molehunt.attacks import SIG
 from molehunt.attacks.jumbo import jumbo
 from molehunt.bank.rows import backdoored, folder_of, read_rows, regrow
+from molehunt.charts.words import DASHED
+from molehunt.figures import INK, REST, SAID, Axes, chart
 from molehunt.game.attacker import parse_settings
 from molehunt.meta_training import fit
 from molehunt.metas import Meta, Settings
@@ -57,6 +60,7 @@ TARGETS = Recipe(epochs=4, batch=100, optimizer="adamw", lr=1e-3, weight_decay=0
 SEED = 70_000  # first of the targets; no other work uses seeds from here to 79 999
 KINDS = ("clean", "patch", "blend", "stripes")
 CLASSIFIERS, DRAWS = 5, 2_000
+PAGE = Path(__file__).parent.parent / "docs/reference/defenses/mntd.md"
 
 
 @dataclass(frozen=True)
@@ -229,8 +233,37 @@ def judge_bank(task: str, part: str, most: int, settings: dict[str, Any], root: 
         print({k: v for k, v in row.items() if k != "machine"}, flush=True)
 
 
+def picture() -> None:
+    """Draw AUC by number of shadow models on the bank's evaluate partition, and write its words into the page."""
+    found = [row for row in rows(NAME) if row.get("part") == "evaluate"]
+    if not found:
+        return
+    task = found[-1]["bank"]
+    found = sorted((row for row in found if row["bank"] == task), key=lambda row: int(row["shadows"]))
+    many, middle = [row["shadows"] for row in found], [row["auc"] for row in found]
+    ends = [[row["interval_95"][i] for row in found] for i in (0, 1)]
+
+    def draw(axes: Axes) -> None:
+        axes.fill_between(many, ends[0], ends[1], color=REST, label="95 % of draws of models")
+        axes.plot(many, middle, "o-", color=SAID, linewidth=2.0, label="AUC")
+        chance = max(row["shuffled_95"] for row in found)
+        axes.axhline(chance, color=INK, linewidth=1.2, linestyle=DASHED, label="shuffled labels, 95 %")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(many, [str(m) for m in many])
+        axes.set_ylim(0.5, 1.02)
+        axes.set_xlabel("shadow models of either kind")
+        axes.set_ylabel("AUC")
+
+    told = ", ".join(f"{row['auc']:.3f} with {row['shadows']}" for row in found)
+    made = chart(draw, f"MNTD on {task}, AUC by number of shadow models of either kind: {told}")
+    (PAGE.parent / "mntd_shadows.png").write_bytes(made.png)
+    line = f"![{made.alt}](mntd_shadows.png)"
+    PAGE.write_text(re.sub(r"!\[[^\]]*\]\(mntd_shadows\.png\)", lambda _: line, PAGE.read_text()))
+
+
 def collect() -> None:
-    """Write the figures into results/rounds_3_4.json."""
+    """Write the figures into results/rounds_3_4.json, and the picture."""
+    picture()
     figures: dict[str, Figure] = {}
     for row in rows(NAME):
         if row["settings"]:

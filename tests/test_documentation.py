@@ -8,6 +8,7 @@ import statistics
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,7 @@ from molehunt.defenses import Unlearning
 from molehunt.game.attacker import describe
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
+from molehunt.metas import Settings
 from molehunt.networks import NETWORKS, build, capture, features
 from molehunt.testing import auc
 from molehunt.training.recipes import RECIPES, SMALL
@@ -415,6 +417,17 @@ def test_how_mntd_was_set_is_what_was_measured() -> None:
         words = ", ".join(f"{k}={v}" for k, v in row["settings"].items()) or "default"
         assert [cells[0].replace("`", ""), *cells[1:]] == [words, *mntd_cells(row)]
         assert (row["clean"], row["backdoored"]) == (40, 37)
+
+
+def test_the_figures_of_mntd_are_those_that_were_measured() -> None:
+    measured = sorted((row for row in lines_of("mntd") if "bank" in row), key=lambda row: int(row["shadows"]))
+    shown = table("docs/reference/defenses/mntd.md", "Figures")
+    assert len(shown) == len(measured)
+    names = ("blended", "stripes", "adap_blend", "ftrojan", "refool", "wanet", "badnets", "tact")
+    for cells, row in zip(shown, measured, strict=True):
+        assert row["part"] == "evaluate", "no setting was chosen on these models"
+        assert row["configuration"] == asdict(Settings()), "today's defaults"
+        assert cells == mntd_cells(row)[:2] + [f"{row['families'][name]:.2f}" for name in names]
 
 
 def test_the_score_of_recovered_triggers_is_the_statistic_that_was_best_on_develop_models() -> None:
