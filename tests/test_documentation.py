@@ -20,12 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from molehunt.attacks import ATTACKS
 from molehunt.confinement import Limits
-from molehunt.defenses import Unlearning
+from molehunt.defenses import RAB, Unlearning
 from molehunt.game.attacker import describe
 from molehunt.game.rules import ROUNDS
 from molehunt.isolation import DISK
 from molehunt.metas import Settings
 from molehunt.networks import NETWORKS, build, capture, features
+from molehunt.runner import configuration
 from molehunt.testing import auc
 from molehunt.training.recipes import RECIPES, SMALL
 
@@ -430,6 +431,28 @@ def test_the_figures_of_mntd_are_those_that_were_measured() -> None:
         assert cells == mntd_cells(row)[:2] + [f"{row['families'][name]:.2f}" for name in names]
 
 
+def test_what_rab_says_of_sets_of_the_bank_is_what_was_measured() -> None:
+    def span(values: list[float], digits: int) -> str:
+        ends = [f"{end:.{digits}f}" for end in (min(values), max(values))]
+        return " to ".join(ends[: len(values)])
+
+    groups: dict[str | None, list[dict[str, Any]]] = {}
+    for row in lines_of("rab"):
+        if row["what"] == "bank":
+            assert row["settings"] == configuration(RAB()), "today's defaults"
+            groups.setdefault(row["hidden"], []).append(row)
+    shown = table("docs/reference/defenses/rab.md", "Figures")
+    assert len(shown) == len(groups)
+    for cells, (hidden, rows) in zip(shown, groups.items(), strict=True):
+        pairs = [
+            " / ".join(span([100 * row[name][i] for row in rows], 1) for i in (0, 1))
+            for name in ("asr", "accuracy")
+            if name in rows[0]
+        ]
+        told = ["", "", pairs[0]] if hidden is None else [span([r["against"][0] for r in rows], 2), *pairs]
+        assert cells == [hidden or "nothing", str(len(rows)), span([r["score"] for r in rows], 3), *told]
+
+
 def test_the_score_of_recovered_triggers_is_the_statistic_that_was_best_on_develop_models() -> None:
     measured = [row for row in lines_of("sentinet-develop") if "bank" in row]
     truth = torch.tensor([row["hidden"] is not None for row in measured])
@@ -440,7 +463,7 @@ def test_the_score_of_recovered_triggers_is_the_statistic_that_was_best_on_devel
         ("their product", lambda one: one["fooled"] * one["confidence"]),
         ("Fooled", lambda one: one["fooled"]),
         ("AvgConf", lambda one: one["confidence"]),
-        ("residual over the parabola", lambda one: one["residual"]),
+        ("residual over the parabola, less the threshold", lambda one: one["residual"]),
     )
     found = []
     for name, way in ways:
