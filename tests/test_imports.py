@@ -10,7 +10,7 @@ import molehunt
 
 GROUPS: tuple[str, ...] = (
     "datasets tasks triggers findings details strict_json files legible plugins tensor_file confinement",
-    "networks metas meta_training zoo checkpoints conversion torch_file suspect evidence",
+    "networks metas meta_files meta_training zoo checkpoints conversion torch_file suspect evidence",
     "engine",
     "training",
     "attacks defenses",

@@ -369,7 +369,7 @@ class Everything:
         stamped = [suspect.logits(c.trigger(suspect.training.x)).mean(0) for c in suspect.candidates]
         references = sum(float(m(suspect.inputs).sum()) for m in suspect.references)
         noise = torch.rand(10, generator=run.rng)
-        read = sum(float(meta.scores([suspect.model])[0]) for meta in suspect.metas)
+        read = sum(float(meta.scores([suspect.model]).amax()) for meta in suspect.metas)
         return Finding(
             defense="?",
             score=float(x.grad.sum()) + references + read + float(suspect.training.y.sum()),

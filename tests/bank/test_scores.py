@@ -301,7 +301,7 @@ class Asking:
     def __call__(self, suspect: Suspect, run: Run) -> Finding:
         Tally.calls.append("asking")
         assert suspect.metas is not None
-        return Finding(defense="asking", score=float(suspect.metas[0].scores([suspect.model])[0]))
+        return Finding(defense="asking", score=float(suspect.metas[0].scores([suspect.model]).amax()))
 
 
 def meta(seed: int) -> Meta:

@@ -23,11 +23,16 @@ def trial(name: str) -> Trial:
 
 
 ASLEEP = "clean pictures never wake the channel of the planted trigger, so no gradient reaches it"
+LEARNED = "a twentieth of a small set is enough poison for every network to learn, whatever noise lies on it"
 CANNOT = {
     ("pruning_detection", "ranks_the_planted_above_the_twin"): "its score means what a calibration makes of it",
     ("fine_tuning", "repairs"): ASLEEP,
     ("super_fine_tuning", "repairs"): ASLEEP,
     ("gradient_shaping", "repairs"): "a tenth of a small set is enough poison to be learned under any clipping",
+    ("rab", "ranks_the_planted_above_the_twin"): LEARNED,
+    ("rab", "names_the_target"): LEARNED,
+    ("rab", "finds_stamped_pictures"): LEARNED,
+    ("rab", "repairs"): LEARNED,
 }
 """Promises that a method does not keep on the planted suspects, and why; each is told on the page of the method."""
 
