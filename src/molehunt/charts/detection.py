@@ -148,12 +148,8 @@ def neural_cleanse(finding: Finding, classes: tuple[str, ...]) -> Picture | None
     target = finding.target if finding.target in shown else None
 
     def draw(axes: Axes) -> None:
-        places = range(len(shown))
-        rest = [0.0 if k == target else size[k] for k in shown]
-        axes.bar(places, rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
-        if target is not None:
-            at, label = shown.index(target), f"reported: {label_of(target, classes)}"
-            axes.bar([at], [size[target]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
+        label = "" if target is None else f"reported: {label_of(target, classes)}"
+        bars(axes, [size[k] for k in shown], None if target is None else shown.index(target), label)
         axes.axhline(middle, color=INK, linewidth=1.2, linestyle=DASHED, label=f"median: {amount(middle)}")
         name_bars(axes, shown, classes)
         axes.set_ylabel("L1 norm of the mask, pixels")
@@ -191,6 +187,14 @@ def _histogram(
 
 def _outline(axes: Axes, values: Sequence[float], edges: NDArray[np.float64], scale: float) -> None:
     axes.stairs(scale * np.histogram(values, edges)[0], edges, color=INK, linewidth=0.8)
+
+
+def bars(axes: Axes, heights: Sequence[float], marked: int | None, label: str) -> None:
+    """One bar per class, edged; the marked one in the color of what is said, with a label of its own."""
+    rest = [0.0 if place == marked else height for place, height in enumerate(heights)]
+    axes.bar(range(len(rest)), rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
+    if marked is not None:
+        axes.bar([marked], [heights[marked]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
 
 
 def name_bars(axes: Axes, shown: Sequence[int], classes: Sequence[str]) -> None:

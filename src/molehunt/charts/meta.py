@@ -1,6 +1,6 @@
 """Charts of what networks about networks say: logits of meta-classifiers, and what a vote certifies."""
 
-from molehunt.charts.detection import MOST, name_bars
+from molehunt.charts.detection import MOST, bars, name_bars
 from molehunt.charts.words import DASHED, amount, label_of, name_of, share
 from molehunt.details import mapping, number, numbers
 from molehunt.figures import INK, REST, SAID, Axes, Picture, chart
@@ -20,10 +20,7 @@ def mntd(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
     best, mean = max(shown, key=lambda k: scores[k]), sum(logits) / len(logits)
 
     def draw(axes: Axes) -> None:
-        rest = [0.0 if k == best else scores[k] for k in shown]
-        axes.bar(range(len(shown)), rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
-        label = f"likeliest: {label_of(best, classes)}"
-        axes.bar([shown.index(best)], [scores[best]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
+        bars(axes, [scores[k] for k in shown], shown.index(best), f"likeliest: {label_of(best, classes)}")
         axes.axhline(mean, color=INK, linewidth=1.2, linestyle=DASHED, label=f"score: {amount(mean)}")
         name_bars(axes, shown, classes)
         axes.set_ylabel("mean logit of “target”")

@@ -10,7 +10,7 @@ from molehunt.commands import consoles
 from molehunt.commands.bank import ROOT, Folder, Most, Net
 from molehunt.commands.exits import DONE, InputError, check_target, given
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Isolated, Seconds, TaskName, use_threads
+from molehunt.commands.options import Isolated, Metas, Seconds, TaskName, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
@@ -40,15 +40,7 @@ def calibrate(
             help="Draw, as PNG, how well probabilities hold on these models.", metavar="FILE", show_default=False
         ),
     ] = None,
-    metas: Annotated[
-        Path | None,
-        typer.Option(
-            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, where it has "
-            "some for this task and network.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    metas: Metas = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
     jobs: Annotated[int, typer.Option(help="Processes, each of which examines one model.", min=1)] = 1,

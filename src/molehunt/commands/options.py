@@ -26,6 +26,15 @@ Isolated = Annotated[
         show_default=False,
     ),
 ]
+Metas = Annotated[
+    Path | None,
+    typer.Option(
+        help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, which everybody "
+        "knows, where it has some for this task and network.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 Seconds = Annotated[float, typer.Option(help="Time limit for one defense on one model.", min=1)]
 
 

@@ -10,7 +10,7 @@ import typer
 from molehunt.commands import consoles
 from molehunt.commands.exits import DONE, InputError, given
 from molehunt.commands.interrupt import RESUMES, Interrupt
-from molehunt.commands.options import Isolated, Seconds, Seed, TaskName, use_threads
+from molehunt.commands.options import Isolated, Metas, Seconds, Seed, TaskName, use_threads
 from molehunt.commands.watch import watching
 from molehunt.legible import legible
 
@@ -39,15 +39,7 @@ def play(
             help="Folder of the game. Default: runs/play-TASK-SEED, with -data on the data board.", show_default=False
         ),
     ] = None,
-    metas: Annotated[
-        Path | None,
-        typer.Option(
-            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, which "
-            "everybody knows, where it has some for this task and network.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    metas: Metas = None,
     seconds: Seconds = 600,
     isolated: Isolated = None,
     jobs: Annotated[

@@ -11,7 +11,7 @@ import typer
 from molehunt.commands import consoles
 from molehunt.commands.exits import CLEAR, FOUND, UNSURE, InputError, check_target, given, reading
 from molehunt.commands.interrupt import Interrupt
-from molehunt.commands.options import Seconds, Seed, Threads, use_threads
+from molehunt.commands.options import Metas, Seconds, Seed, Threads, use_threads
 from molehunt.commands.watch import watching
 from molehunt.files import write_atomically
 
@@ -57,15 +57,7 @@ def scan(
             show_default=False,
         ),
     ] = None,
-    metas: Annotated[
-        Path | None,
-        typer.Option(
-            help="Meta-classifiers for MNTD: a file of `molehunt shadows`. Default: those of the package, where it has "
-            "some for this task and network.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    metas: Metas = None,
     json_: Annotated[
         Path | None,
         typer.Option(
