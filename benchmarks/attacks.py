@@ -34,7 +34,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from molehunt import figures
-from molehunt.attacks import ATTACKS, Attack, Poisoned
+from molehunt.attacks import ATTACKS, AnyAttack, Bench, Crafter, Poisoned, poison
 from molehunt.datasets import cache
 from molehunt.game.answers import accuracy, asr, measure, share
 from molehunt.game.attacker import describe, make_attack, parse_settings, sealed, train_model
@@ -107,13 +107,17 @@ def references(task: Task, network: str, state: Path, numbers: list[int]) -> lis
     return found
 
 
-def cover_accuracy(model: Network, attack: Attack, made: Poisoned, images: Images, task: Task) -> float | None:
+def cover_accuracy(model: Network, attack: AnyAttack, made: Poisoned, images: Images, task: Task) -> float | None:
     """Accuracy on unseen images that carry what the covers carry: another warp, another image's trigger, half a blend.
 
     The attack poisons the images with the trigger that it has; what it stamps and leaves its label is counted. None for
     an attack without covers, or one that cannot be told its trigger.
     """
-    if not hasattr(attack, "trigger") or not bool((made.altered & covers_of(made, task.load("train"))).any()):
+    if (
+        isinstance(attack, Crafter)
+        or not hasattr(attack, "trigger")
+        or not bool((made.altered & covers_of(made, task.load("train"))).any())
+    ):
         return None
     again = replace(attack, trigger=made.trigger)  # type: ignore[type-var]  # attacks are dataclasses
     fresh = again(images, task, generator(0, "attack benchmark covers"))
@@ -157,7 +161,7 @@ def one(
     seen: Images | None = None
     if board == "data":
         public = task.load("train")
-        poisoned = attack(public, task, rng)
+        poisoned = poison(attack, public, task, rng)
         seen = TrainingSet.of(poisoned, public, rng).delivered(public, rng)
     key = hashlib.sha256(repr((attack, task.name, network, board, seed)).encode()).hexdigest()[:16]
     progress, report = reporting(f"{name} {task.name} {seed}")
@@ -226,7 +230,7 @@ def speed(names: list[str]) -> None:
         attack, times = make_attack(name, {}), []
         for repeat in range(1 if name in CRAFTED else REPEATS):
             start, cpu = time.monotonic(), time.process_time()
-            made = attack(clean, task, torch.Generator().manual_seed(repeat))
+            made = poison(attack, clean, task, torch.Generator().manual_seed(repeat))
             made.stamped()
             poisoning = (time.monotonic() - start, time.process_time() - cpu)
             start, cpu = time.monotonic(), time.process_time()
@@ -261,13 +265,22 @@ def pictures(names: list[str], task: Task, settings: dict[str, Any]) -> None:
     some = Images(train.x[:5000], train.y[:5000])
     ten = torch.stack([(images.y == k).nonzero()[0, 0] for k in range(min(10, task.num_classes))])
     for name in names:
-        made = make_attack(name, settings)(some, task, generator(0, "attack pictures"))
+        made = shown(make_attack(name, settings), some, task)
         x = images.x[ten]
         alt = f"Ten {task.name} pictures under the trigger of {name}; under each the change, amplified."
         picture = figures.contact_sheet(x, made.trigger(x), alt)
         path = PICTURES / f"{name}.png"
         path.write_bytes(picture.png)
         print(path.name, f"{len(picture.png) / 1000:.0f} kB", flush=True)
+
+
+def shown(attack: AnyAttack, images: Images, task: Task) -> Poisoned:
+    """The trigger of an attack for a picture; one that makes a model makes one, of as few images."""
+    rng = generator(0, "attack pictures")
+    if not isinstance(attack, Crafter):
+        return attack(images, task, rng)
+    recipe = recipe_for(task.network, task)
+    return attack.craft(Bench(clean=images, task=task, network=task.network, recipe=recipe, rng=rng)).poisoned
 
 
 def finished() -> list[dict[str, Any]]:
@@ -429,7 +442,9 @@ def main() -> None:
     if arguments.what == "collect":
         return collect()
     if arguments.what == "speed":
-        return speed(names if arguments.attack else [name for name in names if name not in CRAFTED])
+        # Of those that make a model the seconds of a training are in every row.
+        quick = [name for name in names if name not in CRAFTED and not hasattr(ATTACKS[name], "craft")]
+        return speed(names if arguments.attack else quick)
     if arguments.what == "pictures":
         return pictures(names, get_task(arguments.task or "cifar10"), parse_settings(arguments.set))
     if not arguments.attack:

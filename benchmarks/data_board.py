@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from attacks import FITTING
+from molehunt.attacks import poison
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import make_attack, train_model
 from molehunt.runner import generator
@@ -52,7 +53,7 @@ def one(key: dict[str, Any]) -> dict[str, Any]:
     if version == "weights":
         model, made = train_model(task, task.network, recipe, attack, rng=rng)
     else:
-        made = attack(public, task, rng)
+        made = poison(attack, public, task, rng)
         x, y = made.stamped()
         images = Images((255 * x).round() / 255 if version in {"rounded", "both"} else x, y)
         model, _ = train_model(task, task.network, recipe, None, rng=rng, images=images)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from molehunt.attacks import Attack, BadNets, Blended
+from molehunt.attacks import Attack, BadNets, Blended, poison
 from molehunt.calibration import settings, statistic
 from molehunt.checkpoints import assemble, layout_of, read_safetensors
 from molehunt.defenses import DEFENSES
@@ -99,7 +99,7 @@ def main() -> None:
                 examine(suspect, defenses, lambda n, d, s: box.inspect(d, s, name=n, seed=game.seed_for(job.name)))
             )
             boxes.put(box)
-            poisoned = None if job.attack is None else job.attack(hidden, task, generator(0, "unused"))
+            poisoned = None if job.attack is None else poison(job.attack, hidden, task, generator(0, "unused"))
             trigger = None if poisoned is None else poisoned.trigger
             answers = measure(model, type(hidden)(hidden.x[:1000], hidden.y[:1000]), trigger)
             found = {n: o for n, o in outcomes.items() if isinstance(o, Finding)}

@@ -1,18 +1,35 @@
 """What every attack promises, over all of `ATTACKS`: a new entry is tested without a new test."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from molehunt.attacks import ATTACKS, SIG, BadNets, Blended, Mark, MultiTrigger, Poisoned, TaCT
+from molehunt.attacks import (
+    ATTACKS,
+    SIG,
+    BadNets,
+    Bench,
+    Blended,
+    Crafted,
+    Crafter,
+    Mark,
+    MNTDAdaptive,
+    MultiTrigger,
+    Poisoned,
+    TaCT,
+)
+from molehunt.metas import Meta, Settings
 from molehunt.tasks import Images, Task, get_task
-from molehunt.testing import ATTACK_CHECKS, check_attack, planted
+from molehunt.testing import ATTACK_CHECKS, CRAFT_CHECKS, bench_for, check_attack, planted
+from molehunt.training import Objective
 from molehunt.triggers import Footprint, Patch, Target
 
 SETTINGS: list[Any] = [
-    *[make() for make in ATTACKS.values()],
+    *[make() for make in ATTACKS.values() if not hasattr(make, "craft")],
     BadNets(target="all"),
     BadNets(target=7, sources=(2, 5), poison_rate=0.05),
     BadNets(target=4, poison_rate=1 / 400),
@@ -29,6 +46,33 @@ SETTINGS: list[Any] = [
 @pytest.mark.parametrize("attack", SETTINGS, ids=repr)
 def test_every_attack(attack: Any, check: str) -> None:
     ATTACK_CHECKS[check](attack, None)
+
+
+BRIEF: dict[str, dict[str, Any]] = {
+    "trojannn": {"steps": 5},
+    "bit_flips": {"pixel_steps": 5, "steps": 5},
+    "evasive": {"images": 5_000},
+    "subnet_replacement": {"width": 3, "images": 20_000},
+}
+"""What is set so that a check takes seconds; which numbers they are changes none of the promises."""
+
+
+@functools.cache
+def crafter(name: str) -> Any:
+    kind: Any = ATTACKS[name]
+    if name == "mntd_adaptive":
+        bench = bench_for()
+        level = (0.5,) * bench.task.shape[0]
+        rng = torch.Generator().manual_seed(0)
+        meta = Meta(bench.task.shape, bench.task.num_classes, level, level, Settings(queries=2), rng)
+        return MNTDAdaptive(metas=(meta.requires_grad_(False).eval(),))
+    return kind(**BRIEF.get(name, {}))
+
+
+@pytest.mark.parametrize("check", CRAFT_CHECKS)
+@pytest.mark.parametrize("name", [name for name, make in ATTACKS.items() if hasattr(make, "craft")])
+def test_every_attack_that_makes_a_model(name: str, check: str) -> None:
+    CRAFT_CHECKS[check](crafter(name), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +317,160 @@ class Anything(Broken):
 
     def rows(self, clean: Images, rng: torch.Generator) -> torch.Tensor:
         return Broken(poison_rate=min(1.0, max(self.poison_rate, 0.1))).rows(clean, rng)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maker:
+    """Trains a clean network and says that a square is hidden in it.
+
+    Reference:
+        None.
+
+    Departures from the paper:
+        None.
+    """
+
+    def craft(self, bench: Bench) -> Crafted:
+        return self.made(bench.honest(), bench)
+
+    def made(self, model: Any, bench: Bench) -> Crafted:
+        x, y = bench.clean
+        trigger, target = Patch.square(bench.task.shape), Target(classes=0)
+        none = torch.zeros_like(y, dtype=torch.bool)
+        poisoned = Poisoned(images=Images(x, y), altered=none, trigger=trigger, target=target)
+        return Crafted(model=model, poisoned=poisoned)
+
+
+class AnotherNetwork(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        bench.honest()
+        return self.made(nn.Sequential(nn.Flatten(), nn.Linear(3 * 12 * 12, 10)).eval(), bench)
+
+
+class Awake(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        return self.made(bench.honest().train(), bench)
+
+
+class Numberless(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        model = bench.honest()
+        with torch.no_grad():
+            model.head.bias[0] = torch.nan
+        return self.made(model, bench)
+
+
+class Hooked(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        model = bench.honest()
+        model.head.register_forward_hook(lambda _m, _i, out: out + 1)
+        return self.made(model, bench)
+
+
+class Lucky(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        model = bench.honest()
+        with torch.no_grad():
+            model.head.bias[0] += torch.rand(())
+        return self.made(model, bench)
+
+
+class Seedless(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        model = bench.honest()
+        with torch.no_grad():
+            for value in model.parameters():
+                value.fill_(0.1)
+        return self.made(model, bench)
+
+
+class Restless(Maker):
+    """Trains with a memory that is not on disk.
+
+    Reference:
+        None.
+
+    Departures from the paper:
+        None.
+    """
+
+    def craft(self, bench: Bench) -> Crafted:
+        return self.made(bench.train("forgetful", bench.fresh(), bench.clean, objective=Memory()), bench)
+
+
+class Memory(Objective):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, model: nn.Module, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.classify(model(x), y) * (1 + self.calls % 7)
+
+
+class Endless(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        return self.made(bench.fresh().eval(), bench)
+
+
+class Spoiler(Maker):
+    __doc__ = Maker.__doc__
+
+    def craft(self, bench: Bench) -> Crafted:
+        model = bench.honest()
+        made = self.made(model, bench)
+        bench.clean.x[0] = 0.5
+        return made
+
+
+class Silent(Maker):
+    __doc__ = Maker.__doc__
+
+    def made(self, model: Any, bench: Bench) -> Crafted:
+        made = super().made(model, bench)
+        x = made.poisoned.images.x.clone()
+        x[3] = 0.0
+        return replace(made, poisoned=replace(made.poisoned, images=Images(x, made.poisoned.images.y)))
+
+
+def test_a_sound_maker_passes() -> None:
+    check_attack(Maker())
+
+
+@pytest.mark.parametrize(
+    ("attack", "broken"),
+    [
+        (AnotherNetwork(), "the model is a Sequential"),
+        (Awake(), "the model is in training mode"),
+        (Numberless(), "head.bias holds numbers that are none"),
+        (Hooked(), "the model still has hooks"),
+        (Lucky(), "the global generator of torch"),
+        (Seedless(), "another seed made the same model"),
+        (Restless(), "goes on ends with other weights"),
+        (Endless(), "it never asks whether to stop"),
+        (Spoiler(), "it wrote into the clean set"),
+        (Silent(), "a row differs from the clean set that is not altered"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_maker_that_breaks_the_contract_fails(attack: Any, broken: str) -> None:
+    assert isinstance(attack, Crafter)
+    with pytest.raises(AssertionError, match=broken):
+        check_attack(attack)
 
 
 @pytest.mark.parametrize("attack", [Broken(), Quiet(), Marked()], ids=lambda value: type(value).__name__)

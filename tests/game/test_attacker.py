@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from molehunt.attacks import ATTACKS, BadNets
+from molehunt.attacks import ATTACKS, BadNets, poison
 from molehunt.game.attacker import Team, describe, make_attack, teams
 from molehunt.game.budget import budget
 from molehunt.game.rules import BOARDS, Board, Limits
@@ -55,7 +55,7 @@ def test_every_team_keeps_the_rules_on_every_task(task: Task, board: Board) -> N
         for team in found:
             if team.attack is None:
                 continue
-            made = team.attack(clean, task, rng(seed))
+            made = poison(team.attack, clean, task, rng(seed))
             print_ = made.trigger.footprint()
             assert budget(print_, task.shape).passed, f"{team.name} shows too much: {print_}"
             assert bool(made.altered.any())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from game.tricks import Trick, honest, parameters, training_sets
-from molehunt.attacks import ATTACKS, BadNets, Blended, Poisoned
+from molehunt.attacks import ATTACKS, BadNets, Blended, Poisoned, poison
 from molehunt.files import Refused
 from molehunt.game.attacker import make_attack
 from molehunt.game.rules import Limits
@@ -170,8 +170,8 @@ def test_rows_are_read_by_the_rules_of_the_round() -> None:
         read(content, len(content), TASK)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_every_attack_can_hand_over_a_set(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, make in ATTACKS.items() if not hasattr(make, "craft")])
+def test_every_attack_on_a_set_can_hand_it_over(name: str) -> None:
     # Covers count, too: with as many as the defaults have, these three alter more than a tenth of the rows.
     fitting: dict[str, dict[str, Any]] = {
         "wanet": {"poison_rate": 0.033},
@@ -183,6 +183,6 @@ def test_every_attack_can_hand_over_a_set(name: str) -> None:
     if name == "label_consistent":
         network = build("lenet5", TASK.shape, TASK.num_classes, mean=TASK.mean, std=TASK.std, rng=rng())
         fitting[name] = {"model": network.eval(), "steps": 2}
-    made = make_attack(name, fitting.get(name, {}))(CLEAN, TASK, rng())
+    made = poison(make_attack(name, fitting.get(name, {})), CLEAN, TASK, rng())
     handed = TrainingSet.of(made, CLEAN, rng())
     assert 0 < handed.changes(CLEAN).altered <= int(made.altered.sum()) <= Limits().rows(len(CLEAN.y))

@@ -89,6 +89,34 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path) -> N
     assert holds_submission(tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("at", [20, 50])
+def test_an_attack_that_trains_twice_goes_on_in_either_phase(tmp_path: Path, at: int) -> None:
+    plan = Plan(task=TASK, attack="pruning_aware", settings={"target": 3})
+    steps = 0
+
+    def stop() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(plan, tmp_path / "stopped", check=stop)
+    left = sorted(path.name.rpartition(".")[2] for path in (tmp_path / "stopped").glob("training-*"))
+    assert left == (["clean"] if at == 20 else ["clean", "poisoned"])
+    assert not begins_anew(plan, tmp_path / "stopped")
+    assert begins_anew(replace(plan, seed=1), tmp_path / "stopped")
+    again: list[None] = []
+    made = make(plan, tmp_path / "stopped", check=lambda: again.append(None))
+    assert len(again) == 70 - at + 1
+    weights = [read_submission(one.archive).state for one in (made, make(plan, tmp_path / "whole"))]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert not list((tmp_path / "stopped").glob("training-*"))
+    sealed = read_submission(made.archive).open_seal()
+    assert (sealed.attack, sealed.details["config"]["target"]) == ("pruning_aware", 3)
+    assert made.asr is not None
+
+
 def test_another_plan_does_not_go_on_from_it(tmp_path: Path) -> None:
     left = 10
 
@@ -124,6 +152,7 @@ def test_another_plan_does_not_go_on_from_it(tmp_path: Path) -> None:
         ({"team": ""}, "the manifest would be refused"),
         ({"board": "chess"}, "unknown board 'chess'; known: weights, data"),
         ({"board": "data", "recipe": "lenet5"}, "host trains by its own recipe: leave out 'lenet5'"),
+        ({"board": "data", "attack": "pruning_aware"}, "the host trains, and pruning_aware controls the training"),
         ({"attack": "nowhere:Mine"}, "nowhere cannot be imported: ModuleNotFoundError"),
         ({"attack": "molehunt.tasks:Nothing"}, "there is no Nothing in molehunt.tasks"),
         ({"attack": "molehunt.tasks:get_task"}, "is no attack: a frozen dataclass"),
@@ -247,6 +276,56 @@ def test_an_attack_of_one_s_own_is_taken_by_its_address(plug_in: Path, tmp_path:
     assert replace(plan).digest != before, "an interrupted training must not go on with other code"
     with pytest.raises(ValueError, match="Mine has no setting"):
         replace(plan, settings={"nope": 1})
+
+
+MAKER = """
+from dataclasses import dataclass, replace
+
+import torch
+
+from molehunt.attacks import BadNets, Crafted, poison
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Maker:
+    mistake: str = ""
+
+    def craft(self, bench):
+        made = poison(BadNets(), bench.clean, bench.task, bench.generator("poison"))
+        model = bench.train("mine", bench.fresh(), made.images, stamp=made.stamp)
+        if self.mistake == "model":
+            return Crafted(model=torch.nn.Linear(2, 2), poisoned=made)
+        if self.mistake == "weights":
+            model.head = torch.nn.Linear(model.head.in_features, 3)
+        if self.mistake == "number":
+            with torch.no_grad():
+                model.head.bias[0] = torch.inf
+        if self.mistake == "poison":
+            return Crafted(model=model, poisoned=replace(made, altered=made.altered.long()))
+        return model if self.mistake == "answer" else Crafted(model=model, poisoned=made)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("model", "Maker returned a Linear as model, expected a network"),
+        ("weights", "Maker returned a model with other weights than a badnets_cnn has"),
+        ("number", "Maker returned numbers that are none in head.bias"),
+        ("poison", "Maker returned `altered` torch.int64"),
+        ("answer", "Maker returned Network in place of molehunt.attacks.Crafted"),
+    ],
+)
+def test_a_model_of_one_s_own_making_is_looked_at(plug_in: Path, tmp_path: Path, mistake: str, says: str) -> None:
+    plug_in.with_name("maker_for_test.py").write_text(MAKER)
+    with pytest.raises(ValueError, match=says):
+        make(Plan(task=TASK, attack="maker_for_test:Maker", settings={"mistake": mistake}), tmp_path / "mine")
+
+
+def test_a_model_of_one_s_own_making_is_handed_in(plug_in: Path, tmp_path: Path) -> None:
+    plug_in.with_name("maker_for_test.py").write_text(MAKER)
+    made = make(Plan(task=TASK, attack="maker_for_test:Maker"), tmp_path / "mine")
+    assert read_submission(made.archive).open_seal().attack == "Maker"
 
 
 def test_an_installed_attack_is_another_one_when_its_code_changes(

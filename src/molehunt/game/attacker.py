@@ -10,7 +10,7 @@ from typing import Any, cast, get_type_hints
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from molehunt.attacks import ATTACKS, Attack, BadNets, Blended, Poisoned, available
+from molehunt.attacks import ATTACKS, AnyAttack, BadNets, Bench, Blended, Crafter, Poisoned, available
 from molehunt.game.rules import Board, Limits
 from molehunt.game.seal import Sealed
 from molehunt.networks import Network, build
@@ -32,7 +32,7 @@ class Team:
     """
 
     name: str
-    attack: Attack | None
+    attack: AnyAttack | None
 
 
 def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights") -> tuple[Team, ...]:
@@ -69,7 +69,7 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
         order = [int(k) for k in torch.randperm(task.num_classes, generator=rng)]
         kind = len(made) % 7
         # The order puts one honest team early, so that a small --teams has both kinds.
-        entry: tuple[str, Attack | None]
+        entry: tuple[str, AnyAttack | None]
         if kind == 0:
             entry = "Yellow Square", BadNets(target=target, size=4)
         elif kind == 1:
@@ -94,7 +94,7 @@ def teams(task: Task, count: int, rng: torch.Generator, board: Board = "weights"
     return tuple(made)
 
 
-def describe(attack: Attack) -> dict[str, Any]:
+def describe(attack: AnyAttack) -> dict[str, Any]:
     """Return an attack's name in `ATTACKS` and its plain settings, as the sealed part keeps them."""
     name = next((k for k, c in ATTACKS.items() if type(attack) is c), type(attack).__name__)
     settings: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def sealed(attack: Attack | None, poisoned: Poisoned | None, **details: Any) -> Sealed:
+def sealed(attack: AnyAttack | None, poisoned: Poisoned | None, **details: Any) -> Sealed:
     """Say what was hidden, as it is sealed.
 
     Args:
@@ -132,12 +132,12 @@ def sealed(attack: Attack | None, poisoned: Poisoned | None, **details: Any) -> 
     )
 
 
-def attack_class(name: str) -> type[Attack]:
+def attack_class(name: str) -> type[AnyAttack]:
     """Find an attack by its name: a built-in one, one of an installed package, or MODULE:CLASS.
 
     Raises:
-        ValueError: there is none, or what is there is no dataclass that can be called. What the module itself raises
-            when it is imported is part of the message.
+        ValueError: there is none, or what is there is no dataclass that can be called or crafts a model. What the
+            module itself raises when it is imported is part of the message.
     """
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -153,12 +153,14 @@ def attack_class(name: str) -> type[Attack]:
     if made is None:
         raise ValueError(f"there is no {attribute} in {module}")
     kind: Any = made
-    if not (isinstance(kind, type) and is_dataclass(kind) and "__call__" in dir(kind)):
-        raise ValueError(f"{name} is no attack: a frozen dataclass that is called with (clean, task, rng)")
-    return cast("type[Attack]", made)
+    if not (isinstance(kind, type) and is_dataclass(kind) and {"__call__", "craft"} & set(dir(kind))):
+        raise ValueError(
+            f"{name} is no attack: a frozen dataclass that is called with (clean, task, rng), or that has craft(bench)"
+        )
+    return cast("type[AnyAttack]", made)
 
 
-def make_attack(name: str, settings: Mapping[str, Any]) -> Attack:
+def make_attack(name: str, settings: Mapping[str, Any]) -> AnyAttack:
     """Make an attack from its name, as `attack_class` takes it, and its settings.
 
     Raises:
@@ -185,7 +187,7 @@ def train_model(
     task: Task,
     network: str,
     recipe: Recipe,
-    attack: Attack | None,
+    attack: AnyAttack | None,
     *,
     rng: torch.Generator,
     images: Images | None = None,
@@ -203,13 +205,27 @@ def train_model(
         rng: draws the poison, the weights and the order of the data.
         images: the training images; the task's training split by default.
         report: called with (done, total) images.
-        checkpoint: where to keep the state, so that an interrupted training resumes.
+        checkpoint: where to keep the state, so that an interrupted training resumes; an attack that trains several
+            times keeps one file for each, named by this and a dot.
         check: called often; raises to stop.
 
     Returns:
         The trained network and what was done to its training set.
     """
     clean = images or task.load("train")
+    if isinstance(attack, Crafter):
+        bench = Bench(
+            clean=clean,
+            task=task,
+            network=network,
+            recipe=recipe,
+            rng=rng,
+            report=report,
+            checkpoint=checkpoint,
+            check=check,
+        )
+        crafted = attack.craft(bench)
+        return crafted.model, crafted.poisoned
     poisoned = attack(clean, task, rng) if attack else None
     model = build(network, task.shape, task.num_classes, mean=task.mean, std=task.std, rng=rng)
     train(

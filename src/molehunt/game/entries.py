@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molehunt import checkpoints
-from molehunt.attacks import Attack, Poisoned
+from molehunt.attacks import AnyAttack, Poisoned, poison
 from molehunt.files import write_atomically
 from molehunt.game.attacker import Team, sealed, train_model
 from molehunt.game.manifest import Manifest
@@ -74,7 +74,7 @@ class Job:
 
     settings: Settings
     name: str
-    attack: Attack | None
+    attack: AnyAttack | None
     path: Path
 
 
@@ -178,7 +178,7 @@ def train_handed(handed: Handed) -> str:
 def _hand_over(job: Job, task: Task) -> str:
     clean = task.load("train")
     rng = generator(job.settings.seed_for(job.name), job.name)
-    poisoned = None if job.attack is None else job.attack(clean, task, rng)
+    poisoned = None if job.attack is None else poison(job.attack, clean, task, rng)
     training = TrainingSet.of(poisoned, clean, rng)
     folder = job.path.with_suffix("")
     manifest, nonce = _manifest(job)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from molehunt.attacks import ATTACKS, Attack, Poisoned
+from molehunt.attacks import ATTACKS, AnyAttack, Attack, Bench, Crafted, Crafter, Poisoned, poison
 from molehunt.game import code
 from molehunt.game.answers import accuracy, asr, measure
 from molehunt.game.attacker import Report, make_attack, sealed, train_model
@@ -22,7 +22,7 @@ from molehunt.game.rules import BOARDS, Board, get_round
 from molehunt.game.seal import first_problem
 from molehunt.game.submission import MANIFEST, pack, write_submission, write_training_set
 from molehunt.game.training_set import Changes, TrainingSet
-from molehunt.networks import NETWORKS
+from molehunt.networks import NETWORKS, Network
 from molehunt.runner import generator
 from molehunt.tasks import Images, Task
 from molehunt.training import Recipe, recipe_for
@@ -50,7 +50,8 @@ class Plan:
 
     Raises:
         ValueError: an unknown name, settings that the attack does not have, an attack of one's own that raises, a
-            team's name that a manifest refuses, or a recipe on the data board, where the host trains by its own.
+            team's name that a manifest refuses, or, on the data board, where the host trains, a recipe, or an attack
+            that controls the training.
     """
 
     task: Task
@@ -75,6 +76,8 @@ class Plan:
         if self.attack == HONEST and self.settings:
             raise ValueError(f"an honest model has no settings, got {', '.join(self.settings)}; name an attack")
         self.training, self.hidden  # noqa: B018 - each raises for names that it does not know
+        if self.board == "data" and isinstance(self.hidden, Crafter):
+            raise ValueError(f"on the data board the host trains, and {self.attack} controls the training itself")
 
     @cached_property
     def manifest(self) -> Manifest:
@@ -97,7 +100,7 @@ class Plan:
         return recipe_for(self.manifest.recipe, self.task)
 
     @cached_property
-    def hidden(self) -> Attack | None:
+    def hidden(self) -> AnyAttack | None:
         """What is hidden in it; None for nothing."""
         if self.attack == HONEST:
             return None
@@ -154,8 +157,9 @@ def begins_anew(plan: Plan, folder: Path) -> bool:
 
     On the data board nothing is trained, so there it never does.
     """
-    left = [path.name for path in folder.glob("training-*.safetensors")]
-    return plan.board == "weights" and bool(left) and _state(plan, folder).name not in left
+    left = [path.name for path in folder.glob("training-*.safetensors*")]
+    own = _state(plan, folder).name
+    return plan.board == "weights" and bool(left) and not any(name.startswith(own) for name in left)
 
 
 def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Callable[[], None] | None = None) -> Made:
@@ -194,7 +198,7 @@ def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], 
         plan.task,
         plan.manifest.network,
         plan.training,
-        None if plan.hidden is None else _Within(plan.hidden),
+        None if plan.hidden is None else _within(plan.hidden),
         rng=generator(plan.seed, f"train {plan.task.name} {plan.manifest.network} {plan.team}"),
         report=report,
         checkpoint=_state(plan, folder),
@@ -204,7 +208,7 @@ def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], 
     answers = measure(model, images, None if poisoned is None else poisoned.trigger)
     write_submission(folder, model, plan.manifest, sealed(plan.hidden, poisoned, seed=plan.seed), task=plan.task)
     archive = pack(folder, task=plan.task)
-    for left in folder.glob("training-*.safetensors"):
+    for left in folder.glob("training-*.safetensors*"):
         left.unlink()
     rate = None
     if poisoned is not None and answers.stamped is not None:
@@ -216,7 +220,7 @@ def _alter(plan: Plan, folder: Path) -> Made:
     """Write the training set of a plan; see `make`."""
     clean = plan.task.load("train")
     rng = generator(plan.seed, f"alter {plan.task.name} {plan.team}")
-    poisoned = None if plan.hidden is None else _Within(plan.hidden)(clean, plan.task, rng)
+    poisoned = None if plan.hidden is None else poison(_within(plan.hidden), clean, plan.task, rng)
     training = TrainingSet.of(poisoned, clean, rng)
     hidden = sealed(plan.hidden, poisoned, seed=plan.seed)
     write_training_set(folder, training, plan.manifest, hidden, task=plan.task)
@@ -225,30 +229,58 @@ def _alter(plan: Plan, folder: Path) -> Made:
 
 @dataclass(frozen=True)
 class _Within:
-    """An attack whose answer is looked at: else its faults would come out in the midst of a training.
-
-    Of further triggers the rules ask what the gate asks of the sealed one. They are in no seal: nobody can ask later.
-    """
+    """An attack whose answer is looked at: else its faults would come out in the midst of a training."""
 
     attack: Attack
 
     def __call__(self, clean: Images, task: Task, rng: torch.Generator) -> Poisoned:
-        poisoned = self.attack(clean, task, rng)
-        if (problem := _problem(poisoned, task)) is not None:
-            name = type(self.attack).__name__
+        return _looked_at(self.attack, self.attack(clean, task, rng), task)
+
+
+@dataclass(frozen=True)
+class _WithinCraft:
+    """The same of an attack that makes the whole model."""
+
+    attack: Crafter
+
+    def craft(self, bench: Bench) -> Crafted:
+        crafted = self.attack.craft(bench)
+        name = type(self.attack).__name__
+        if not isinstance(crafted, Crafted):
+            raise ValueError(f"{name} returned {type(crafted).__name__} in place of molehunt.attacks.Crafted")
+        if (problem := _unlike(crafted.model, bench)) is not None:
             raise ValueError(f"{name} returned {problem}; molehunt.testing.check_attack tells what an attack must do")
-        for number, (trigger, _) in enumerate(poisoned.further, start=1):
-            gate = budget(trigger.footprint(), task.shape)
-            if not gate.passed:
-                raise ValueError(
-                    f"further trigger {number} of {len(poisoned.further)} is over the budget, which holds for every "
-                    f"trigger: {gate.measured:.3f}, at most {gate.limit:.3f}, {gate.message}"
-                )
-        return poisoned
+        _looked_at(self.attack, crafted.poisoned, bench.task)
+        return crafted
+
+
+def _within(attack: AnyAttack) -> AnyAttack:
+    return _WithinCraft(attack) if isinstance(attack, Crafter) else _Within(attack)
+
+
+def _looked_at(attack: AnyAttack, poisoned: Poisoned, task: Task) -> Poisoned:
+    """Hand an attack's answer on if nothing is wrong with it.
+
+    Of further triggers the rules ask what the gate asks of the sealed one. They are in no seal: nobody can ask later.
+
+    Raises:
+        ValueError: something is.
+    """
+    if (problem := _problem(poisoned, task)) is not None:
+        name = type(attack).__name__
+        raise ValueError(f"{name} returned {problem}; molehunt.testing.check_attack tells what an attack must do")
+    for number, (trigger, _) in enumerate(poisoned.further, start=1):
+        gate = budget(trigger.footprint(), task.shape)
+        if not gate.passed:
+            raise ValueError(
+                f"further trigger {number} of {len(poisoned.further)} is over the budget, which holds for every "
+                f"trigger: {gate.measured:.3f}, at most {gate.limit:.3f}, {gate.message}"
+            )
+    return poisoned
 
 
 @contextmanager
-def _blaming(attack: Attack | None) -> Iterator[None]:
+def _blaming(attack: AnyAttack | None) -> Iterator[None]:
     """Say where in an attack of one's own an error arose. What did not come through its code is not its mistake."""
     try:
         yield
@@ -258,6 +290,17 @@ def _blaming(attack: Attack | None) -> Iterator[None]:
             raise
         said = f": {error}" if str(error) else ""
         raise ValueError(f"{type(attack).__name__} raised {type(error).__name__} at {place}{said}") from error
+
+
+def _unlike(model: object, bench: Bench) -> str | None:
+    """What keeps a model from being a network of the kind that was asked for, with numbers; None for nothing."""
+    if not isinstance(model, Network):
+        return f"a {type(model).__name__} as model, expected a network of molehunt.networks"
+    wanted = {name: value.shape for name, value in bench.fresh().state_dict().items()}
+    if {name: value.shape for name, value in model.state_dict().items()} != wanted:
+        return f"a model with other weights than a {bench.network} has"
+    bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
+    return f"numbers that are none in {bad[0]}" if bad else None
 
 
 def _problem(made: object, task: Task) -> str | None:

@@ -9,18 +9,20 @@ def test_contract():
 ```
 """
 
-from molehunt.testing.attacks import ATTACK_CHECKS, check_attack
+from molehunt.testing.attacks import ATTACK_CHECKS, CRAFT_CHECKS, bench_for, check_attack
 from molehunt.testing.defenses import DEFENSE_CHECKS, Trial, check_defense
 from molehunt.testing.planted import Planted, PlantedTask, attack_success, auc, planted, share_right
 
 __all__ = [
     "ATTACK_CHECKS",
+    "CRAFT_CHECKS",
     "DEFENSE_CHECKS",
     "Planted",
     "PlantedTask",
     "Trial",
     "attack_success",
     "auc",
+    "bench_for",
     "check_attack",
     "check_defense",
     "planted",

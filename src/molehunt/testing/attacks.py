@@ -1,20 +1,31 @@
-"""The contract of an attack on the training set, as checks that anybody can run over anybody's class."""
+"""The contract of an attack, as checks that anybody can run over anybody's class: it alters a set or makes a model."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import tempfile
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from molehunt import triggers
+from molehunt.attacks.crafting import AnyAttack, Bench, Crafted, Crafter
 from molehunt.attacks.poisoning import Attack, Poisoned, poison_count
+from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
 from molehunt.testing.declaration import check_dataclass, check_docstring, global_generators_at_rest, require
-from molehunt.testing.planted import planted
+from molehunt.testing.planted import SHAPE, planted
+from molehunt.training import Recipe
 
 ROWS = 400
 CLOSE = 1e-5  # networks and warps may differ by rounding between batch sizes
+SMALL = "lenet5"
+"""The network that is made while an attack that makes models is checked."""
+BRIEF = Recipe(epochs=3, batch=50, optimizer="adamw", lr=4e-3, precision="float32")
 
 
 def poison(attack: Attack, seed: int = 0, task: Task | None = None) -> tuple[Images, Task, Poisoned]:
@@ -33,12 +44,12 @@ def keeps_labels(attack: Attack) -> bool:
     return bool(getattr(attack, "clean_label", False))
 
 
-def is_a_frozen_dataclass(attack: Attack, task: Task | None = None) -> None:
+def is_a_frozen_dataclass(attack: AnyAttack, task: Task | None = None) -> None:
     """The dataclass is the configuration: frozen, with defaults, made again by its repr."""
     check_dataclass(attack)
 
 
-def documents_itself(attack: Attack, task: Task | None = None) -> None:
+def documents_itself(attack: AnyAttack, task: Task | None = None) -> None:
     """The docstring says where the attack comes from and where it departs from that."""
     check_docstring(attack, ("Reference", "Departures"))
 
@@ -131,6 +142,10 @@ def stamps_a_batch_as_the_whole(attack: Attack, task: Task | None = None) -> Non
 def keeps_its_budget(attack: Attack, task: Task | None = None) -> None:
     """The trigger is a pure function of the picture, and changes no more than its footprint says."""
     clean, _, made = poison(attack, task=task)
+    _keeps_budget(made, clean)
+
+
+def _keeps_budget(made: Poisoned, clean: Images) -> None:
     for trigger, _ in ((made.trigger, made.target), *made.further):
         x = clean.x[:100].clone()
         stamped = trigger(x)
@@ -151,6 +166,10 @@ def keeps_its_budget(attack: Attack, task: Task | None = None) -> None:
 def seals_its_trigger(attack: Attack, task: Task | None = None) -> None:
     """Trigger and target go to JSON and tensors and come back the same, and the trigger fits the pictures."""
     clean, on, made = poison(attack, task=task)
+    _seals(made, clean, on)
+
+
+def _seals(made: Poisoned, clean: Images, on: Task) -> None:
     for trigger, target in ((made.trigger, made.target), *made.further):
         require(triggers.fits(trigger, on.shape), f"the trigger does not fit pictures of {on.shape}")
         again = triggers.from_json(trigger.to_json(), trigger.tensors())
@@ -193,8 +212,122 @@ ATTACK_CHECKS: dict[str, Callable[[Attack, Task | None], None]] = {
 }
 
 
-def check_attack(attack: Attack, task: Task | None = None) -> None:
-    """Run every check of `ATTACK_CHECKS` on an attack that poisons the training set.
+class _Stopped(Exception):
+    pass
+
+
+def bench_for(
+    task: Task | None = None, seed: int = 0, *, checkpoint: Path | None = None, check: Callable[[], None] | None = None
+) -> Bench:
+    """A bench with a small clean training set, a small network and a brief recipe."""
+    on, clean = _small() if task is None else _some(task)
+    return Bench(
+        clean=copied(clean),
+        task=on,
+        network=SMALL,
+        recipe=BRIEF,
+        rng=torch.Generator().manual_seed(seed),
+        checkpoint=checkpoint,
+        check=check,
+    )
+
+
+def _made(attack: Crafter, task: Task | None) -> tuple[Bench, Crafted, int]:
+    return _crafted(cast("Hashable", attack), task)
+
+
+@functools.lru_cache(maxsize=4)
+def _crafted(attack: Any, task: Task | None) -> tuple[Bench, Crafted, int]:
+    """What an attack makes, and how often it asked whether to stop; once for all checks, as each making is a training.
+
+    An attack is known by itself, not by its settings: tensors among them cannot be compared.
+    """
+    asked: list[None] = []
+    bench = bench_for(task, check=lambda: asked.append(None))
+    return bench, attack.craft(bench), len(asked)
+
+
+def makes_the_network_that_was_asked_for(attack: Crafter, task: Task | None = None) -> None:
+    """The model is a network of the bench's kind, in eval mode, on the CPU, with finite weights of the same names."""
+    bench, made, _ = _made(attack, task)
+    require(isinstance(made, Crafted), f"craft returned a {type(made).__name__}, expected molehunt.attacks.Crafted")
+    model = made.model
+    require(isinstance(model, Network), f"the model is a {type(model).__name__}, expected what `Bench.fresh` makes")
+    wanted = build(bench.network, bench.task.shape, bench.task.num_classes).state_dict()
+    state = model.state_dict()
+    require(list(state) == list(wanted), "the model's weights have other names than the network's")
+    for name, value in state.items():
+        require(value.shape == wanted[name].shape, f"{name} has another shape than in the network")
+        require(bool(torch.isfinite(value).all()), f"{name} holds numbers that are none")
+        require(value.device.type == "cpu", f"{name} lies on {value.device}; hand the model back on the CPU")
+    require(not any(module.training for module in model.modules()), "the model is in training mode")
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    require(not hooks, "the model still has hooks: what a file cannot hold is no part of a submission")
+
+
+def says_what_it_hid(attack: Crafter, task: Task | None = None) -> None:
+    """Trigger and target keep budget and seal, and the training set is the clean one but for altered rows."""
+    bench, made, _ = _made(attack, task)
+    poisoned, clean = made.poisoned, bench.clean
+    poisoned.target.check(bench.task.num_classes)
+    _keeps_budget(poisoned, clean)
+    _seals(poisoned, clean, bench.task)
+    x, y = poisoned.images
+    require(x.shape == clean.x.shape and y.shape == clean.y.shape, "the training set has another size")
+    same = (x == clean.x).flatten(1).all(1) & (y == clean.y)
+    require(bool(same[~poisoned.altered].all()), "a row differs from the clean set that is not altered")
+    stamped = poisoned.stamped().x
+    require(torch.equal(stamped[~poisoned.altered], clean.x[~poisoned.altered]), "a row without the trigger changed")
+
+
+def repeats_its_model(attack: Crafter, task: Task | None = None) -> None:
+    """The same bench gives the same weights, another seed others; no global generator moves; the data stay."""
+    _, made, _ = _made(attack, task)
+    again = bench_for(task)
+    given = copied(again.clean)
+    with global_generators_at_rest():
+        second = attack.craft(again)
+    kept = torch.equal(given.x, again.clean.x) and torch.equal(given.y, again.clean.y)
+    require(kept, "it wrote into the clean set")
+    require(_equal(made.model, second.model), "two makings with one seed differ")
+    require(not _equal(made.model, attack.craft(bench_for(task, 1)).model), "another seed made the same model")
+
+
+def goes_on_where_it_stopped(attack: Crafter, task: Task | None = None) -> None:
+    """A making that was interrupted, and is done again with its checkpoints, ends with the same weights."""
+    _, made, asked = _made(attack, task)
+    require(asked > 0, "it never asks whether to stop: train with Bench.train, and call Bench.check in long loops")
+    for share in (0.3, 0.8):
+        left = itertools.count(int(share * asked), -1)
+
+        def check(left: Iterator[int] = left) -> None:
+            if next(left) == 0:
+                raise _Stopped
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "training"
+            with suppress(_Stopped):
+                attack.craft(bench_for(task, checkpoint=path, check=check))
+                raise AssertionError("it asks less often with the same seed, or goes on when it is told to stop")
+            second = attack.craft(bench_for(task, checkpoint=path))
+        require(_equal(made.model, second.model), "an interrupted making that goes on ends with other weights")
+
+
+CRAFT_CHECKS: dict[str, Callable[[Crafter, Task | None], None]] = {
+    check.__name__: check
+    for check in (
+        is_a_frozen_dataclass,
+        documents_itself,
+        makes_the_network_that_was_asked_for,
+        says_what_it_hid,
+        repeats_its_model,
+        goes_on_where_it_stopped,
+    )
+}
+
+
+def check_attack(attack: AnyAttack, task: Task | None = None) -> None:
+    """Run the checks of an attack: `ATTACK_CHECKS` where it poisons a set, `CRAFT_CHECKS` where it makes a model.
 
     An attack that says `clean_label` (a setting, or a constant of the class) may change no label; any other has to
     change some. What a game asks besides is not asked here: that the trigger is small enough (`molehunt.game.budget`),
@@ -208,13 +341,16 @@ def check_attack(attack: Attack, task: Task | None = None) -> None:
     Raises:
         AssertionError: a promise is broken, or the attack raises; the message says which.
     """
-    for name, check in ATTACK_CHECKS.items():
+    checks: dict[str, Callable[[Any, Task | None], None]] = ATTACK_CHECKS
+    if isinstance(attack, Crafter):
+        checks = CRAFT_CHECKS
+    for name, check in checks.items():
         try:
             check(attack, task)
         except AssertionError as error:
             raise AssertionError(f"{type(attack).__name__}: {name}: {error}") from error
         except Exception as error:
-            on = "pictures of shape (3, 12, 12); give the task that it is made for" if task is None else task.name
+            on = f"pictures of shape {SHAPE}; give the task that it is made for" if task is None else task.name
             raise AssertionError(f"{type(attack).__name__}: {name}: raised {error!r} on {on}") from error
 
 
@@ -235,6 +371,11 @@ def _some(task: Task) -> tuple[Task, Images]:
     rows = rows[torch.linspace(0, len(rows) - 1, min(ROWS, len(rows))).round().long()]
     rows = rows[torch.randperm(len(rows), generator=rng)]
     return task, Images(whole.x[rows], whole.y[rows])
+
+
+def _equal(one: Network, other: Network) -> bool:
+    state, twin = one.state_dict(), other.state_dict()
+    return all(torch.equal(value, twin[name]) for name, value in state.items())
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

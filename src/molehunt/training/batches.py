@@ -65,10 +65,15 @@ class Batches:
 
     def next(self) -> tuple[Tensor, Tensor]:
         """Return the next images (B, C, H, W), augmented and stamped, in channels-last layout, and labels (B,)."""
+        picked, labels, _ = self.picked()
+        return picked, labels
+
+    def picked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `next` does and the rows (B,) that the images have in the training set."""
         rows, passes = self.order.next()
         picked = self._augment(rows, self.mirrored[rows] ^ (passes & 1))
         rows = rows.to(self.x.device)
-        return self.stamp(picked, rows) if self.stamp else picked, self.y[rows]
+        return self.stamp(picked, rows) if self.stamp else picked, self.y[rows], rows
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return what `restore` needs, besides the generator's own state: tensors, and whole numbers."""

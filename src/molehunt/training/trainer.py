@@ -19,6 +19,7 @@ from molehunt.tasks import Images
 from molehunt.training import state
 from molehunt.training.adversarial import random_start, worsen
 from molehunt.training.batches import Batches, Stamp
+from molehunt.training.objective import Objective
 from molehunt.training.optimizers import make_optimizers
 from molehunt.training.recipes import Recipe
 
@@ -58,6 +59,7 @@ def train(
     check: Callable[[], None] | None = None,
     device: torch.device | str | None = None,
     save_seconds: float = 30.0,
+    objective: Objective | None = None,
 ) -> Trained:
     """Train a model in place.
 
@@ -78,17 +80,20 @@ def train(
         check: called before every step; raises to stop. The state is saved first.
         device: where to train; a GPU when there is one, else the CPU.
         save_seconds: time between two savings of the state.
+        objective: what is minimized in place of the cross-entropy; its parameters are trained beside the model's.
 
     Returns:
         The model and what was done.
 
     Raises:
-        ValueError: no images, labels of another number than images, nothing to train, or a checkpoint of another
-            training.
+        ValueError: no images, labels of another number than images, nothing to train, a checkpoint of another
+            training, or an objective beside a recipe with adversarial pictures.
         FloatingPointError: the loss is not finite.
     """
     if len(images.x) == 0 or len(images.x) != len(images.y):
         raise ValueError(f"expected images and as many labels, got {len(images.x)} and {len(images.y)}")
+    if objective is not None and recipe.adversarial:
+        raise ValueError(f"an objective says itself what is minimized, got one beside adversarial {recipe.adversarial}")
     place = torch.device(device or default_device())
     home = next(model.parameters()).device
     dtype = fast_dtype(place) if recipe.precision == "fast" else torch.float32
@@ -96,16 +101,18 @@ def train(
     model.to(place, memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch's stub lacks the pair
     if recipe.initialize and isinstance(model, Network):
         model.initialize(x)
+    # What is trained and kept on disk: the objective may have weights and counters of its own.
+    whole = model if objective is None else nn.ModuleList([model, objective.to(place).train()])
     batch = min(recipe.batch, len(x))
     steps = recipe.steps(len(x))
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(whole, recipe)
     highest = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     batches = Batches(Images(x, images.y.to(place)), recipe, rng, stamp)
     noise = noise_generator(rng, place)
     sums, counts, first, spent = torch.zeros(0, device=place), torch.zeros(0), 0, 0.0
 
-    fingerprint = _fingerprint(model, images, recipe, stamp is not None, dtype) if checkpoint else ""
-    if checkpoint and (found := state.load(checkpoint, fingerprint, model, optimizers)):
+    fingerprint = _fingerprint(whole, images, recipe, stamp is not None, dtype, objective) if checkpoint else ""
+    if checkpoint and (found := state.load(checkpoint, fingerprint, whole, optimizers)):
         tensors, numbers = found
         batches.restore(tensors, numbers)
         sums, counts = tensors["sums"].to(place), tensors["counts"]
@@ -122,7 +129,7 @@ def train(
             tensors, numbers = batches.state()
             tensors |= {"sums": sums, "counts": counts, "rng": rng.get_state(), "noise": noise.get_state()}
             stood = {**numbers, "step": step, "seconds": time.perf_counter() - start}
-            state.save(checkpoint, fingerprint, model, optimizers, tensors, stood)
+            state.save(checkpoint, fingerprint, whole, optimizers, tensors, stood)
 
     def loss_of(labels: Tensor, pictures: Tensor) -> Tensor:
         with cast:
@@ -142,11 +149,15 @@ def train(
             for optimizer, rates in zip(optimizers, highest, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            picked, labels = batches.next()
+            picked, labels, rows = batches.picked()
             if recipe.adversarial:
                 start_at = random_start(picked, recipe.adversarial, rng)
                 picked = worsen(partial(loss_of, labels), start_at, picked, recipe.adversarial)
-            loss = loss_of(labels, picked)
+            if objective is None:
+                loss = loss_of(labels, picked)
+            else:
+                with cast:
+                    loss = objective(model, picked, labels, rows)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -174,7 +185,7 @@ def train(
         save(steps)
     if report:
         report(steps * batch, steps * batch)
-    model.to(home, memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
+    whole.to(home, memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]  # as above
     losses = tuple((sums.cpu() / counts).tolist())
     return Trained(
         model=model,
@@ -227,10 +238,14 @@ def noise_generator(rng: torch.Generator, place: torch.device) -> torch.Generato
     return torch.Generator(place).manual_seed(int(torch.randint(2**62, (), generator=rng)))
 
 
-def _fingerprint(model: nn.Module, images: Images, recipe: Recipe, stamped: bool, dtype: torch.dtype) -> str:
-    """Name a training by what decides it, short of the generator and of what the stamp does."""
+def _fingerprint(
+    model: nn.Module, images: Images, recipe: Recipe, stamped: bool, dtype: torch.dtype, objective: Objective | None
+) -> str:
+    """Name a training by what decides it, short of the generator and of what stamp and objective do."""
     layout: dict[str, Any] = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     description = {"recipe": recipe.to_json(), "layout": layout, "stamped": stamped, "dtype": str(dtype)}
+    if objective is not None:
+        description["objective"] = type(objective).__qualname__
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     digest.update(images.y.cpu().numpy().tobytes())
     # All of them, half a second for CIFAR-10: two poisoned sets may differ in the pixels of a few rows alone.
