@@ -35,6 +35,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from molehunt import figures
 from molehunt.attacks import ATTACKS, AnyAttack, Bench, Crafter, Poisoned, poison
+from molehunt.attacks.crafting import backdoor, untouched
 from molehunt.datasets import cache
 from molehunt.game.answers import accuracy, asr, measure, share
 from molehunt.game.attacker import describe, make_attack, parse_settings, sealed, train_model
@@ -275,10 +276,12 @@ def pictures(names: list[str], task: Task, settings: dict[str, Any]) -> None:
 
 
 def shown(attack: AnyAttack, images: Images, task: Task) -> Poisoned:
-    """The trigger of an attack for a picture; one that makes a model makes one, of as few images."""
+    """The trigger of an attack for a picture; one whose trigger comes with its model makes one, of as few images."""
     rng = generator(0, "attack pictures")
     if not isinstance(attack, Crafter):
         return attack(images, task, rng)
+    if hasattr(attack, "trigger"):
+        return untouched(images, *backdoor(attack.trigger, 0, task))
     recipe = recipe_for(task.network, task)
     return attack.craft(Bench(clean=images, task=task, network=task.network, recipe=recipe, rng=rng)).poisoned
 
