@@ -108,7 +108,7 @@ def picture() -> None:
         axes.axvline(shown["pruning_aware"]["pruned"], color=INK, linewidth=1.2, linestyle=":",
                      label="fine-pruning stops, pruning-aware")  # fmt: skip
         axes.set_ylim(-0.02, 1.03)
-        axes.set_xlabel("channels of the last block that are cut, dormant ones first")
+        axes.set_xlabel("channels cut, dormant ones first")
         axes.set_ylabel("share of hidden images")
 
     aware, plain = shown["pruning_aware"], shown["badnets"]

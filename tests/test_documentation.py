@@ -701,3 +701,19 @@ def test_what_the_data_board_changes_is_what_was_measured(attack: str) -> None:
 
 
 WRITTEN = ("median", "min", "max")  # "12.6 (12.0 to 13.0)"
+
+
+def test_what_is_left_of_the_pruning_aware_attack_is_what_was_measured() -> None:
+    names = {"badnets": "BadNets", "pruning_aware": "pruning-aware"}
+    wanted = []
+    for attack, name in names.items():
+        kept = [row for row in lines_of("pruning_aware") if row["attack"] == attack]
+        assert sorted(row["seed"] for row in kept) == [0, 1, 2]
+        for version in ("before", "pruning alone", "fine-tuning alone", "fine-pruning"):
+            cells = [middle([100 * row["left"][version][place] for row in kept], 1) for place in (0, 1)]
+            wanted.append([name, version, *cells])
+    assert table("docs/reference/attacks/pruning_aware.md", "What pruning and tuning leave") == wanted
+    # The curve that is spoken of: cut as far as the defender cuts, the one backdoor is gone and the other whole.
+    for row in lines_of("pruning_aware"):
+        left = row["curve"][row["pruned"]][1]
+        assert left < 0.05 if row["attack"] == "badnets" else left > 0.95

@@ -26,6 +26,7 @@ from molehunt.commands import (
     convert,
     data,
     evaluate,
+    matrix,
     play,
     scan,
     shadows,
@@ -56,6 +57,7 @@ app.command()(scan.scan)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(shadows.shadows)
+app.command()(matrix.matrix)
 app.add_typer(bank.app, name="bank")
 app.add_typer(data.app, name="data")
 

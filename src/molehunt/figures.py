@@ -330,6 +330,41 @@ def chart(draw: Callable[[Axes], None], alt: str) -> Picture:
     return Picture(png=file.getvalue(), width=few.width, height=few.height, alt=alt)
 
 
+def heat_map(values: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Picture:
+    """Draw a table as fields from pale to dark, with a cross where nothing is known.
+
+    Args:
+        values: (R, C) in [0, 1], NaN where nothing is known; 1, dark, is a defense that does well.
+        rows: R names.
+        columns: C names.
+
+    Raises:
+        ValueError: names that do not fit the values.
+    """
+    if values.shape != (len(rows), len(columns)):
+        raise ValueError(f"expected values of {len(rows)} x {len(columns)}, got {tuple(values.shape)}")
+    figure = Figure(figsize=(2.6 + 0.42 * len(columns), 1.6 + 0.26 * len(rows)), dpi=CHART_DPI, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(values.numpy(), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    for row, column in values.isnan().nonzero().tolist():
+        axes.plot([column], [row], "x", color="#999999", markersize=4)
+    axes.set_xticks(range(len(columns)), columns, rotation=55, ha="right", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.tick_params(length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    canvas.draw()  # type: ignore[no-untyped-call]  # matplotlib leaves its canvas without types
+    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])  # type: ignore[no-untyped-call]
+    file = io.BytesIO()
+    drawn.quantize(64, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(file, format="PNG", optimize=True)
+    known = int((~values.isnan()).sum())
+    alt = (
+        f"{len(rows)} attacks against {len(columns)} defenses, dark where the defense does well; {known} of "
+        f"{values.numel()} fields are known."
+    )
+    return Picture(png=file.getvalue(), width=drawn.width, height=drawn.height, alt=alt)
+
+
 def drawable(text: str) -> bool:
     """Whether the font of charts has a sign for every letter; where it has none, an empty box would stand there."""
     return _letters().issuperset(map(ord, text))

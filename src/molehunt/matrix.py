@@ -1,0 +1,406 @@
+"""The matrix: every attack against every defense, each cell measured; one that was not run says so, never "safe"."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from molehunt import calibration, checkpoints, combine
+from molehunt.attacks import Crafter
+from molehunt.defenses import REPAIRS, Defense
+from molehunt.examination import Inspect, divide, examine
+from molehunt.files import write_atomically
+from molehunt.findings import Abstention, Failure, Finding, Outcome
+from molehunt.game.answers import Logits, accuracy, asr, measure
+from molehunt.game.check import References, check
+from molehunt.game.likeness import compare, soft_iou, trigger_points
+from molehunt.game.rules import Limits
+from molehunt.game.seal import Sealed
+from molehunt.game.submission import read_submission
+from molehunt.game.training_set import TrainingSet
+from molehunt.game.workshop import Plan, make
+from molehunt.metas import Meta
+from molehunt.networks import Network
+from molehunt.runner import configuration, generator
+from molehunt.suspect import Suspect
+from molehunt.tasks import Images, Task
+from molehunt.triggers import Patch, Target, Trigger
+
+FORMAT = "molehunt matrix 1"
+CAUGHT = 0.05
+"""A defense has caught a model where the p-value of its score among clean models is at most this."""
+REMOVED, KEPT = 0.1, 0.04
+"""A repair has removed a backdoor where its trigger works on at most this share, for at most this loss of accuracy."""
+Status = Literal["score", "repair", "no p-value", "not granted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What one defense made of one attack.
+
+    Attributes:
+        defense: its name.
+        status: "score" where a p-value could be had, "repair" for a repair, "no p-value" where it answered and there
+            are no clean references for its score; "not granted" where it abstained, "failed" where it failed.
+        p: conformal p-value of its score among clean reference models, in (0, 1]; small is suspicious.
+        score: raw, higher is more suspicious.
+        target: whether the class that it names is the true target; None where it names none.
+        trigger: R, how well it recovered the trigger, in [0, 1]; None where it recovered none.
+        accuracy: of the repaired model on hidden images, in [0, 1].
+        asr: of the true trigger on the repaired model, in [0, 1].
+        seconds: that it took.
+        said: why there is nothing, where there is nothing.
+    """
+
+    defense: str
+    status: Status
+    p: float | None = None
+    score: float | None = None
+    target: bool | None = None
+    trigger: float | None = None
+    accuracy: float | None = None
+    asr: float | None = None
+    seconds: float | None = None
+    said: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One attack, and what every defense made of it.
+
+    Attributes:
+        attack: its name.
+        seed: of its model and of the hidden images.
+        accuracy: on hidden images, in [0, 1].
+        asr: the same.
+        missed: names of the gates that it missed.
+        p: probability of the fused verdict that something is hidden.
+        target: whether the fused verdict's likeliest class is a true target.
+        cells: one per defense.
+        key: all that decided it, as JSON values.
+    """
+
+    attack: str
+    seed: int
+    accuracy: float
+    asr: float
+    missed: tuple[str, ...]
+    p: float
+    target: bool
+    cells: tuple[Cell, ...]
+    key: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Line":
+        """The other way.
+
+        Raises:
+            ValueError: it is no such document.
+        """
+        try:
+            told = {**document}
+            if told.pop("format") != FORMAT:
+                raise ValueError(f"expected {FORMAT!r}")
+            cells = tuple(Cell(**cell) for cell in told.pop("cells"))
+            return cls(**{**told, "missed": tuple(told["missed"]), "cells": cells})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no line of a matrix: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matrix:
+    """What is to be played.
+
+    Attributes:
+        task: what the models are for.
+        network: a key of `NETWORKS`.
+        defenses: whom to ask, by name.
+        folder: where models and finished lines are kept.
+        inspecting: from a seed to what runs a defense, as in `examination.examine`.
+        population: clean reference models, or None: then no score has a p-value.
+        metas: meta-classifiers, or None.
+        training: whether the training set of an attack that poisons one is handed over, too.
+        references: clean models that the gates compare with.
+    """
+
+    task: Task
+    network: str
+    defenses: Mapping[str, Defense]
+    folder: Path
+    inspecting: Callable[[int], Inspect]
+    population: calibration.Population | None
+    metas: Sequence[Meta] | None
+    training: bool
+    references: Sequence[Network]
+
+    def line(
+        self,
+        attack: str,
+        settings: Mapping[str, Any],
+        seed: int,
+        *,
+        report: Callable[[int, int], None] | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Line:
+        """Train an attack's model, ask every defense, and keep the line; one that is kept already is read.
+
+        Args:
+            attack: a key of `ATTACKS`.
+            settings: of it.
+            seed: from 0.
+            report: how far the training is.
+            check: called often; raises to stop.
+
+        Raises:
+            ValueError: the attack does not fit the task or the network.
+            FloatingPointError: the training diverged.
+        """
+        plan = Plan(task=self.task, network=self.network, attack=attack, settings=settings, team="Matrix", seed=seed)
+        key = self._key(plan)
+        path = self.folder / f"{attack}-{seed}.json"
+        if (kept := read(path)) is not None and kept.key == key:
+            return kept
+        mine = self.folder / "models" / f"{attack}-{seed}-{plan.digest[:12]}"
+        archive = mine.with_name(mine.name + ".zip")
+        if not archive.exists():
+            make(plan, mine, report=report, check=check)
+        contents = read_submission(archive, task=self.task)
+        sealed = contents.open_seal()
+        model = checkpoints.assemble(contents.state, self.network, self.task.shape, self.task.num_classes)
+        made = self._judge(plan, model, sealed, key)
+        write_atomically(path, [json.dumps(made.to_json()).encode()])
+        return made
+
+    def _key(self, plan: Plan) -> dict[str, Any]:
+        told = {name: configuration(defense) for name, defense in self.defenses.items()}
+        key = {
+            "plan": plan.digest,
+            "defenses": told,
+            "training": self.training,
+            "references": len(self.references),
+            "population": None if self.population is None else len(self.population.clean),
+            "metas": None if not self.metas else len(self.metas),
+        }
+        # As it is read back: tuples become lists.
+        as_read: dict[str, Any] = json.loads(json.dumps(key))
+        return as_read
+
+    def _judge(self, plan: Plan, model: Network, sealed: Sealed, key: Mapping[str, Any]) -> Line:
+        trigger, goal = sealed.trigger, sealed.target
+        if trigger is None or goal is None:
+            raise ValueError(f"{plan.attack} hides nothing, so no defense can find it")
+        clean, hidden = self.task.secret(plan.seed)
+        seen, held = divide(clean)
+        suspect = Suspect.of(
+            model,
+            self.task,
+            clean=seen,
+            training=self._handed(plan),
+            metas=tuple(self.metas) if self.metas else None,
+        )
+        outcomes = dict(examine(suspect, self.defenses, self.inspecting(plan.seed)))
+        verdict = combine.verdict(
+            outcomes.values(), self.population, classes=self.task.num_classes, suspect=suspect, held_out=held,
+            recipe=self.network,
+        )  # fmt: skip
+        before = measure(model, hidden, trigger)
+        assert before.stamped is not None, "there is a trigger"
+        gates = check(model, sealed, self.references, hidden, shape=self.task.shape, limits=Limits())
+        mix = goal.mix(self.task.num_classes)
+        weighed = _Weighing(self, model, hidden, trigger, goal, verdict.p_values)
+        return Line(
+            attack=plan.attack,
+            seed=plan.seed,
+            accuracy=accuracy(before.plain, before.y),
+            asr=asr(before.stamped, before.y, goal),
+            missed=tuple(gate.name for gate in gates if not gate.passed),
+            p=verdict.p,
+            target=bool(mix[int(verdict.q.argmax())] > 0),
+            cells=tuple(weighed.cell(name, outcome) for name, outcome in outcomes.items()),
+            key=key,
+        )
+
+    def _handed(self, plan: Plan) -> Images | None:
+        """The set that an attack would hand over, as a defense gets to see it; None for one that hands over none."""
+        if not self.training or plan.hidden is None or isinstance(plan.hidden, Crafter):
+            return None
+        public = self.task.load("train")
+        rng = generator(plan.seed, f"matrix set {plan.attack}")
+        poisoned = plan.hidden(public, self.task, rng)
+        return TrainingSet.of(poisoned, public, rng, Limits(altered=1.0)).delivered(public, rng)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weighing:
+    """Makes cells of one attack's outcomes."""
+
+    matrix: Matrix
+    model: Logits
+    hidden: Images
+    trigger: Trigger
+    goal: Target
+    p_values: Mapping[str, float]
+
+    def cell(self, name: str, outcome: Outcome) -> Cell:
+        if isinstance(outcome, Abstention):
+            return Cell(defense=name, status="not granted", said=outcome.reason)
+        if isinstance(outcome, Failure):
+            return Cell(defense=name, status="failed", said=f"{outcome.kind}: {outcome.message}"[:300])
+        told: dict[str, Any] = {
+            "defense": name,
+            "score": outcome.score,
+            "target": self.named(outcome),
+            "trigger": self.recovered(outcome),
+            "seconds": None if outcome.cost is None else outcome.cost.seconds,
+        }
+        if outcome.repaired is not None:
+            told["accuracy"], told["asr"] = self.after(outcome.repaired)
+        if name in self.p_values:
+            return Cell(status="score", p=self.p_values[name], **told)
+        if outcome.repaired is not None or name in REPAIRS:
+            return Cell(status="repair", **told)
+        return Cell(status="no p-value", said="no clean reference model has a score of it in these settings", **told)
+
+    def named(self, finding: Finding) -> bool | None:
+        """Whether the class that a finding points at is a true target."""
+        target = finding.target
+        if target is None and finding.class_scores is not None:
+            target = int(finding.class_scores.argmax())
+        return None if target is None else bool(self.goal.mix(self.matrix.task.num_classes)[target] > 0)
+
+    def recovered(self, finding: Finding) -> float | None:
+        """R of a recovered trigger."""
+        if finding.trigger is None:
+            return None
+        likeness = compare(finding.trigger, self.trigger, self.goal, self.hidden, self.model)
+        iou = soft_iou(finding.trigger, self.trigger) if isinstance(self.trigger, Patch) else None
+        return trigger_points(likeness, iou)
+
+    def after(self, repaired: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Accuracy and ASR of the repaired model."""
+        task = self.matrix.task
+        state = checkpoints.canonical(repaired)
+        model = checkpoints.assemble(state, self.matrix.network, task.shape, task.num_classes)
+        told = measure(model, self.hidden, self.trigger)
+        assert told.stamped is not None, "there is a trigger"
+        return accuracy(told.plain, told.y), asr(told.stamped, told.y, self.goal)
+
+
+def read(path: Path) -> Line | None:
+    """Read a finished line; None where there is none, or none that this version can read."""
+    try:
+        return Line.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def references(
+    task: Task, network: str, *, report: Callable[[int, int], None] | None, check: Callable[[], None] | None
+) -> list[Network]:
+    """The clean models of the gates, from the cache or trained now."""
+    kept = References(task=task, network=network)
+    return [kept.get(number, report=report, check=check).eval() for number in range(Limits().references)]
+
+
+def catches(line: Line) -> tuple[list[str], list[str]]:
+    """Names of the defenses that caught an attack by their score alone, and of those that had one and did not."""
+    scored = [cell for cell in line.cells if cell.p is not None]
+    caught = [cell.defense for cell in scored if cell.p is not None and cell.p <= CAUGHT]
+    return caught, [cell.defense for cell in scored if cell.defense not in caught]
+
+
+def removes(line: Line) -> tuple[list[str], list[str]]:
+    """Names of the repairs that removed an attack's backdoor at little cost, and of those that did not."""
+    repairs = [cell for cell in line.cells if cell.asr is not None and cell.accuracy is not None]
+    done = [
+        cell.defense
+        for cell in repairs
+        if (cell.asr or 0.0) <= REMOVED and line.accuracy - (cell.accuracy or 0.0) <= KEPT + 1e-9
+    ]
+    return done, [cell.defense for cell in repairs if cell.defense not in done]
+
+
+def sentence(line: Line) -> str:
+    """What catches an attack and what it beats, in one sentence."""
+    caught, beaten = catches(line)
+    removed, left = removes(line)
+    parts = [f"caught by {_listed(caught)}" if caught else "caught by none of those that have a score"]
+    if beaten:
+        parts.append(f"passes {_listed(beaten)}")
+    parts.append(f"removed by {_listed(removed)}" if removed else "removed by no repair")
+    if left:
+        parts.append(f"outlasts {_listed(left)}")
+    missed = f" It misses a gate: {', '.join(line.missed)}." if line.missed else ""
+    return f"{line.attack}: {'; '.join(parts)}.{missed}"
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """One row per attack and defense, with every number of the cells."""
+    names = [name for name in Cell.__dataclass_fields__ if name != "defense"]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["attack", "seed", "accuracy before", "ASR before", "gates missed", "verdict p", "defense", *names])
+    for line in lines:
+        for cell in line.cells:
+            told = asdict(cell)
+            start = [line.attack, line.seed, line.accuracy, line.asr, " ".join(line.missed), line.p, cell.defense]
+            writer.writerow([*start, *("" if told[name] is None else told[name] for name in names)])
+    return file.getvalue()
+
+
+def shown(cell: Cell | None) -> str:
+    """A cell in a few letters; one that was not run says so."""
+    if cell is None:
+        return "not run"
+    if cell.status in {"not granted", "failed"}:
+        return cell.status
+    parts = [] if cell.p is None else [f"p {cell.p:.2f}"]
+    if cell.asr is not None and cell.accuracy is not None:
+        parts.append(f"{100 * cell.accuracy:.1f} / {100 * cell.asr:.1f}")
+    return ", ".join(parts) or cell.status
+
+
+def as_markdown(lines: Sequence[Line], defenses: Sequence[str]) -> str:
+    """A table: a row per attack, a column per defense, then the fused verdict."""
+    head = ["attack", "accuracy / ASR", *defenses, "verdict"]
+    rows = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for line in lines:
+        by_name = {cell.defense: cell for cell in line.cells}
+        cells = [shown(by_name.get(name)) for name in defenses]
+        name = line.attack + (" *" if line.missed else "")
+        before = f"{100 * line.accuracy:.1f} / {100 * line.asr:.1f}"
+        rows.append(f"| {' | '.join([name, before, *cells, f'{line.p:.2f}'])} |")
+    return "\n".join(rows) + "\n"
+
+
+def grid(lines: Sequence[Line], defenses: Sequence[str]) -> tuple[Tensor, list[str]]:
+    """How well each defense does against each attack, (attacks, defenses) in [0, 1], NaN where nothing is known.
+
+    One that scores: one minus its p-value. A repair: the share of the ASR that it takes away, less the accuracy that it
+    costs; both where it has both, the larger.
+    """
+    values = torch.full((len(lines), len(defenses)), torch.nan)
+    for row, line in enumerate(lines):
+        by_name = {cell.defense: cell for cell in line.cells}
+        for column, name in enumerate(defenses):
+            cell = by_name.get(name)
+            found = [] if cell is None or cell.p is None else [1.0 - cell.p]
+            if cell is not None and cell.asr is not None and cell.accuracy is not None and line.asr > 0:
+                found.append(max(0.0, 1.0 - cell.asr / line.asr - max(0.0, line.accuracy - cell.accuracy)))
+            if found:
+                values[row, column] = min(1.0, max(found))
+    return values, [line.attack for line in lines]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
