@@ -10,11 +10,28 @@ import pytest
 import torch
 
 from molehunt import calibration
-from molehunt.defenses import MNTD, RAB, FineTuning, SpectralSignatures
+from molehunt.attacks import poison
+from molehunt.defenses import MNTD, RAB, FineTuning, NeuralCleanse, SpectralSignatures
+from molehunt.defenses.neural_cleanse import FAST
 from molehunt.figures import heat_map
 from molehunt.findings import Outcome
 from molehunt.game import workshop
-from molehunt.matrix import Cell, Line, Matrix, as_csv, as_markdown, catches, grid, read, removes, sentence, shown
+from molehunt.game.workshop import Plan, drawing
+from molehunt.matrix import (
+    Cell,
+    Line,
+    Matrix,
+    _largest,
+    as_csv,
+    as_markdown,
+    catches,
+    grid,
+    read,
+    removes,
+    sentence,
+    shown,
+    target_of,
+)
 from molehunt.meta_files import shipped
 from molehunt.networks import build
 from molehunt.runner import inspect
@@ -54,9 +71,11 @@ def test_what_catches_and_what_removes() -> None:
     told = sentence(LINE)
     assert told == ("badnets: caught by abs; passes strip; removed by unlearning; outlasts fine_tuning and harsh.")
     alone = replace(LINE, cells=CELLS[5:], missed=("budget",))
-    assert sentence(alone) == (
-        "badnets: caught by none of those that have a score; removed by no repair. It misses a gate: budget."
-    )
+    assert sentence(alone) == ("badnets: no p-value is known; no repair was measured. It misses a gate: budget.")
+    unlearned = replace(LINE, asr=0.05)
+    assert removes(unlearned) == ([], [])
+    assert sentence(unlearned).endswith("; its trigger hardly works.")
+    assert sentence(replace(LINE, cells=(CELLS[3],))).endswith("removed by none of the repairs; outlasts fine_tuning.")
     edge = replace(LINE, cells=(replace(CELLS[0], p=0.05), replace(CELLS[2], asr=0.1, accuracy=0.945)))
     assert catches(edge)[0] == ["abs"]
     assert removes(edge)[0] == ["unlearning"]
@@ -101,6 +120,47 @@ def test_a_field_without_a_number_stays_unknown() -> None:
     assert "4 of 6 fields are known" in picture.alt
     with pytest.raises(ValueError, match="expected values of 2 x 6"):
         heat_map(values, ["one", "two"], ["a"] * 6)
+
+
+BRIEF = replace(FAST, steps=2, updates=1)
+
+
+def plan() -> Plan:
+    return Plan(task=TASK, network="badnets_cnn", attack="badnets", settings={"target": 3, "size": 5}, seed=1)
+
+
+def test_a_class_is_named_only_where_it_stands_out() -> None:
+    assert _largest(torch.tensor([0.0, 2.0, 1.0])) == 1
+    assert _largest(torch.zeros(10)) is None
+    assert _largest(torch.tensor([1.0, 1.0, 0.0])) is None
+
+
+def test_the_target_is_drawn_where_an_attack_has_one() -> None:
+    drawn = {target_of("badnets", 10, seed)["target"] for seed in range(20)}
+    assert len(drawn) > 4
+    assert drawn <= set(range(10))
+    assert target_of("badnets", 10, 3) == target_of("badnets", 10, 3)
+    assert target_of("multi_trigger", 10, 0).keys() <= {"target"}
+
+
+def test_the_set_that_is_handed_over_is_the_one_that_was_trained_on(tmp_path: Path) -> None:
+    whole = Matrix(
+        task=TASK, network="badnets_cnn", defenses={}, folder=tmp_path, inspecting=lambda seed: lambda *_: None,  # type: ignore[arg-type, return-value]
+        population=None, metas=None, training=True, references=(),
+    )  # fmt: skip
+    one = Plan(task=TASK, network="badnets_cnn", attack="blended", settings={"target": 3}, seed=1)
+    handed = whole._handed(one)
+    assert handed is not None
+    assert one.hidden is not None
+    public = TASK.load("train")
+    made = poison(one.hidden, public, TASK, drawing(one))
+    wanted = made.stamped()
+    # Shuffled, so as sets: by a number that hardly two pictures share.
+    weights = torch.rand(wanted.x[0].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours, theirs = (((255 * s.x).round().double().flatten(1) @ weights).sort().values for s in (wanted, handed))
+    torch.testing.assert_close(ours, theirs)
+    plain = ((255 * public.x).round().double().flatten(1) @ weights).sort().values
+    assert not torch.allclose(ours, plain)
 
 
 @pytest.fixture
@@ -165,5 +225,10 @@ def test_a_line_is_measured_kept_and_read_again(tmp_path: Path, monkeypatch: pyt
     assert told["rab"].score is not None
     assert asked != before
     assert (other.accuracy, other.asr) == (line.accuracy, line.asr), "the model is not trained again"
+    for changed in (replace(whole, metas=tuple(whole.metas or ())[:1] * 5), replace(whole, population=None)):
+        assert changed._key(plan()) != whole._key(plan())
+    alone = replace(whole, population=None, defenses={"neural_cleanse": NeuralCleanse(schedule=BRIEF, restarts=1)})
+    (cell,) = alone.line("badnets", {"target": 3, "size": 5}, 1).cells
+    assert (cell.status, cell.p) == ("no p-value", None), "simulated models are no references"
     made = replace(whole, training=True).line("pruning_aware", {"target": 3}, 1)
     assert {cell.defense: cell.status for cell in made.cells}["rab"] == "not granted", "it hands over no set"

@@ -1,6 +1,7 @@
 """The matrix: every attack against every defense, each cell measured; one that was not run says so, never "safe"."""
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +12,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import molehunt
 from molehunt import calibration, checkpoints, combine
 from molehunt.attacks import Crafter
+from molehunt.bank import code
 from molehunt.defenses import REPAIRS, Defense
 from molehunt.examination import Inspect, divide, examine
 from molehunt.files import write_atomically
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.game.answers import Logits, accuracy, asr, measure
+from molehunt.game.attacker import attack_class
 from molehunt.game.check import References, check
 from molehunt.game.likeness import compare, soft_iou, trigger_points
 from molehunt.game.rules import Limits
 from molehunt.game.seal import Sealed
 from molehunt.game.submission import read_submission
 from molehunt.game.training_set import TrainingSet
-from molehunt.game.workshop import Plan, make
-from molehunt.metas import Meta
-from molehunt.networks import Network
+from molehunt.game.workshop import Plan, drawing, make
+from molehunt.metas import Meta, digest
+from molehunt.networks import Network, default_device, fast_dtype
 from molehunt.runner import configuration, generator
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task
@@ -81,7 +85,7 @@ class Line:
         asr: the same.
         missed: names of the gates that it missed.
         p: probability of the fused verdict that something is hidden.
-        target: whether the fused verdict's likeliest class is a true target.
+        target: whether the fused verdict's likeliest class is a true target; None where no class is likelier.
         cells: one per defense.
         key: all that decided it, as JSON values.
     """
@@ -92,7 +96,7 @@ class Line:
     asr: float
     missed: tuple[str, ...]
     p: float
-    target: bool
+    target: bool | None
     cells: tuple[Cell, ...]
     key: Mapping[str, Any]
 
@@ -167,8 +171,10 @@ class Matrix:
         """
         plan = Plan(task=self.task, network=self.network, attack=attack, settings=settings, team="Matrix", seed=seed)
         key = self._key(plan)
-        path = self.folder / f"{attack}-{seed}.json"
-        if (kept := read(path)) is not None and kept.key == key:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+        path = self.folder / f"{attack}-{seed}-{name}.json"
+        kept = read(path)
+        if kept is not None and kept.key == key and not any(cell.status == "failed" for cell in kept.cells):
             return kept
         mine = self.folder / "models" / f"{attack}-{seed}-{plan.digest[:12]}"
         archive = mine.with_name(mine.name + ".zip")
@@ -182,14 +188,21 @@ class Matrix:
         return made
 
     def _key(self, plan: Plan) -> dict[str, Any]:
-        told = {name: configuration(defense) for name, defense in self.defenses.items()}
+        told = {
+            name: {"settings": configuration(defense), "code": code.digest(type(defense))}
+            for name, defense in self.defenses.items()
+        }
+        population = None if self.population is None else json.dumps(self.population.to_json(), sort_keys=True)
         key = {
             "plan": plan.digest,
             "defenses": told,
             "training": self.training,
             "references": len(self.references),
-            "population": None if self.population is None else len(self.population.clean),
-            "metas": None if not self.metas else len(self.metas),
+            "population": None if population is None else hashlib.sha256(population.encode()).hexdigest(),
+            "metas": None if not self.metas else digest(self.metas),
+            "threads": torch.get_num_threads(),
+            "dtype": str(fast_dtype(default_device())),
+            "version": molehunt.__version__,
         }
         # As it is read back: tuples become lists.
         as_read: dict[str, Any] = json.loads(json.dumps(key))
@@ -217,7 +230,9 @@ class Matrix:
         assert before.stamped is not None, "there is a trigger"
         gates = check(model, sealed, self.references, hidden, shape=self.task.shape, limits=Limits())
         mix = goal.mix(self.task.num_classes)
-        weighed = _Weighing(self, model, hidden, trigger, goal, verdict.p_values)
+        # An indicative p-value comes from simulated models, not from references.
+        known = {} if "indicative" in verdict.details else verdict.p_values
+        weighed = _Weighing(self, model, hidden, trigger, goal, known, verdict.details["skipped"])
         return Line(
             attack=plan.attack,
             seed=plan.seed,
@@ -225,7 +240,7 @@ class Matrix:
             asr=asr(before.stamped, before.y, goal),
             missed=tuple(gate.name for gate in gates if not gate.passed),
             p=verdict.p,
-            target=bool(mix[int(verdict.q.argmax())] > 0),
+            target=None if (likeliest := _largest(verdict.q)) is None else bool(mix[likeliest] > 0),
             cells=tuple(weighed.cell(name, outcome) for name, outcome in outcomes.items()),
             key=key,
         )
@@ -235,8 +250,8 @@ class Matrix:
         if not self.training or plan.hidden is None or isinstance(plan.hidden, Crafter):
             return None
         public = self.task.load("train")
+        poisoned = plan.hidden(public, self.task, drawing(plan))  # the very set that the model was trained on
         rng = generator(plan.seed, f"matrix set {plan.attack}")
-        poisoned = plan.hidden(public, self.task, rng)
         return TrainingSet.of(poisoned, public, rng, Limits(altered=1.0)).delivered(public, rng)
 
 
@@ -250,6 +265,7 @@ class _Weighing:
     trigger: Trigger
     goal: Target
     p_values: Mapping[str, float]
+    skipped: Mapping[str, str]
 
     def cell(self, name: str, outcome: Outcome) -> Cell:
         if isinstance(outcome, Abstention):
@@ -269,13 +285,13 @@ class _Weighing:
             return Cell(status="score", p=self.p_values[name], **told)
         if outcome.repaired is not None or name in REPAIRS:
             return Cell(status="repair", **told)
-        return Cell(status="no p-value", said="no clean reference model has a score of it in these settings", **told)
+        return Cell(status="no p-value", said=self.skipped.get(name, ""), **told)
 
     def named(self, finding: Finding) -> bool | None:
         """Whether the class that a finding points at is a true target."""
         target = finding.target
         if target is None and finding.class_scores is not None:
-            target = int(finding.class_scores.argmax())
+            target = _largest(finding.class_scores)
         return None if target is None else bool(self.goal.mix(self.matrix.task.num_classes)[target] > 0)
 
     def recovered(self, finding: Finding) -> float | None:
@@ -312,6 +328,14 @@ def references(
     return [kept.get(number, report=report, check=check).eval() for number in range(Limits().references)]
 
 
+def target_of(attack: str, classes: int, seed: int) -> dict[str, Any]:
+    """Settings that draw the target class, where an attack has one: else 0 would be right by default everywhere."""
+    default = getattr(attack_class(attack)(), "target", None)
+    if type(default) is not int:
+        return {}
+    return {"target": int(torch.randint(classes, (), generator=generator(seed, f"matrix target {attack}")))}
+
+
 def catches(line: Line) -> tuple[list[str], list[str]]:
     """Names of the defenses that caught an attack by their score alone, and of those that had one and did not."""
     scored = [cell for cell in line.cells if cell.p is not None]
@@ -322,6 +346,8 @@ def catches(line: Line) -> tuple[list[str], list[str]]:
 def removes(line: Line) -> tuple[list[str], list[str]]:
     """Names of the repairs that removed an attack's backdoor at little cost, and of those that did not."""
     repairs = [cell for cell in line.cells if cell.asr is not None and cell.accuracy is not None]
+    if line.asr <= REMOVED:
+        return [], []  # there was nothing to remove
     done = [
         cell.defense
         for cell in repairs
@@ -334,12 +360,16 @@ def sentence(line: Line) -> str:
     """What catches an attack and what it beats, in one sentence."""
     caught, beaten = catches(line)
     removed, left = removes(line)
-    parts = [f"caught by {_listed(caught)}" if caught else "caught by none of those that have a score"]
+    parts = [f"caught by {_listed(caught)}" if caught else "caught by none of those that have a p-value"]
     if beaten:
         parts.append(f"passes {_listed(beaten)}")
-    parts.append(f"removed by {_listed(removed)}" if removed else "removed by no repair")
+    if not caught and not beaten:
+        parts = ["no p-value is known"]
+    parts.append(f"removed by {_listed(removed)}" if removed else "removed by none of the repairs")
     if left:
         parts.append(f"outlasts {_listed(left)}")
+    if not removed and not left:
+        parts[-1] = "its trigger hardly works" if line.asr <= REMOVED else "no repair was measured"
     missed = f" It misses a gate: {', '.join(line.missed)}." if line.missed else ""
     return f"{line.attack}: {'; '.join(parts)}.{missed}"
 
@@ -400,6 +430,12 @@ def grid(lines: Sequence[Line], defenses: Sequence[str]) -> tuple[Tensor, list[s
             if found:
                 values[row, column] = min(1.0, max(found))
     return values, [line.attack for line in lines]
+
+
+def _largest(scores: Tensor) -> int | None:
+    """Where the largest of some scores is; None where several are as large, which names no class."""
+    first, second = scores.double().topk(2).values.tolist()
+    return int(scores.argmax()) if first > second else None
 
 
 def _listed(names: Sequence[str]) -> str:

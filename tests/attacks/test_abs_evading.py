@@ -29,8 +29,9 @@ def test_no_channel_raises_the_target_alone() -> None:
     made = crafted(ABSEvading())
     assert accuracy(made.model) >= 0.9
     assert success(made) >= 0.95
-    assert highest(made) < highest(badnets())
-    assert highest(made) < 0
+    # Of the plain attack one channel alone raises it far above all others, or the test would say nothing.
+    assert highest(badnets()) > 5
+    assert highest(made) < 0.2 * highest(badnets())
 
 
 def test_settings_out_of_range_are_refused() -> None:

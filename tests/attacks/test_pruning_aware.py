@@ -37,6 +37,14 @@ def test_what_a_defender_cuts_are_decoys() -> None:
     cut, count = pruned(made)
     assert count > 0
     assert success(cut) >= 0.95, "the backdoor was among the channels that were cut"
+    clean = pictures()[0]
+    rows = torch.randperm(300, generator=bench().generator("measured"))
+    decoys = ATTACK.mask(honest(), clean.x[rows], Images(clean.x[rows], clean.y[rows])) == 0
+    suspect = Suspect.of(made.model, TASK, clean=pictures()[1], dtype=torch.float32)
+    found = inspect(FinePruning(steps=0), suspect, name="fine_pruning", seed=0)
+    assert isinstance(found, Finding)
+    first = torch.as_tensor(found.details["order"])[: int(decoys.sum())]
+    assert bool(decoys[first].all()), "the defender begins with other channels than the decoys"
 
 
 def test_decoys_sleep_on_clean_images_and_the_others_do_not() -> None:
@@ -57,6 +65,13 @@ def test_decoys_sleep_on_clean_images_and_the_others_do_not() -> None:
 def test_the_layer_with_a_bias_for_each_channel() -> None:
     example = pictures()[0].x[:1]
     assert producer(bench().fresh(), example) == "trunk.3"
+    for name in ("vit_tiny", "fast_cifar"):
+        model = build(name, (3, 32, 32), 10, rng=torch.Generator().manual_seed(0))
+        if name == "fast_cifar":
+            assert producer(model, torch.rand(2, 3, 32, 32)).startswith("trunk.")
+            continue
+        with pytest.raises(ValueError, match="vit_tiny has no rectifier behind its last block"):
+            producer(model, torch.rand(2, 3, 32, 32))
     normed = build("vgg11_bn", (3, 32, 32), 10, rng=torch.Generator().manual_seed(0))
     assert isinstance(normed.get_submodule(producer(normed, torch.rand(1, 3, 32, 32))), torch.nn.BatchNorm2d)
 

@@ -25,9 +25,9 @@ def test_it_outlasts_the_plain_attack() -> None:
     made = crafted(TuningResistant(length=1.0))
     assert success(made) >= 0.95
     assert accuracy(made.model) >= 0.8
-    rates = (0.02, 0.05, 0.1)
+    rates = (0.1, 0.2, 0.3)
     kept, plain = (sum(tuned(one, lr) for lr in rates) for one in (made, badnets()))
-    assert kept >= plain
+    assert plain < 0.5 * len(rates), "the plain attack is tuned away, or the test would say nothing"
     assert kept >= 0.9 * len(rates)
 
 

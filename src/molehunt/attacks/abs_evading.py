@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, backdoor
+from molehunt.attacks.crafting import Bench, Crafted, backdoor, plainly
 from molehunt.networks import Network
 from molehunt.training import Objective
 from molehunt.triggers import Trigger
@@ -35,8 +34,9 @@ class ABSEvading:
         CCS 2019, names attacks that spread over neurons as its limit.
 
     Departures from the paper:
-        There is no paper with this loss. Channels are stimulated in the last block alone, each set to what it reaches
-        at most in the batch; what is punished is by how much the target's logit then rises above the highest other.
+        There is no paper with this loss. Channels are stimulated in the last block alone, 128 in a step at most, each
+        set to what it reaches at most in the batch; what is punished is by how much the target's logit then rises above
+        the highest other.
     """
 
     target: int = 0
@@ -54,8 +54,7 @@ class ABSEvading:
                 f"{self.weight}, {self.dropped} and {self.images}"
             )
         trigger, _ = backdoor(self.trigger, self.target, bench.task)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         model = bench.fresh()
         loss = Spread(self, poisoned.altered, bench)
         bench.train("spread", model, poisoned.images, stamp=poisoned.stamp, objective=loss)
@@ -79,7 +78,7 @@ class Spread(Objective):
         kept = torch.rand(len(a), a.shape[1], generator=rng).to(a.device) >= attack.dropped
         scale = torch.where(stamped[:, None], kept / (1 - attack.dropped), 1.0).to(a.dtype)
         loss = self.classify(model.head(model.neck(a * scale.view(*scale.shape, 1, 1))), y)
-        quiet = (~stamped).nonzero().squeeze(1)[: attack.images]
+        quiet = (~stamped & (y != attack.target)).nonzero().squeeze(1)[: attack.images]
         if attack.weight == 0 or len(quiet) == 0:
             return loss
         channels = torch.randperm(a.shape[1], generator=rng)[: max(1, LIMIT // len(quiet))].to(a.device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molehunt.attacks.crafting import Bench, Crafted, outputs, untouched
-from molehunt.attacks.trojannn import sharpen
+from molehunt.attacks.trojannn import scales, sharpen
 from molehunt.networks import Network
 from molehunt.triggers import Patch, Target
 
@@ -76,19 +76,19 @@ class BitFlips:
         side = self.size or max(2, round(0.3 * least))
         margin = least // 5 if self.margin is None else self.margin
         square = Patch.square(bench.task.shape, size=side, margin=margin)
-        scale, others = z.std(0)[chosen] + 1e-6, goal.counts(y)
+        scale, others = scales(z)[chosen], goal.counts(y)
         pattern = sharpen(
             model, square, x[others], lambda some: (some[:, chosen] / scale).mean(),
             steps=self.pixel_steps, rng=bench.generator("pixels"), bench=bench,
         )  # fmt: skip
         trigger = replace(square, pattern=pattern)
-        made = self.written(weight, bias, chosen, (z, y), outputs(model, trigger(x[others]), features))
+        made = self.written(weight, bias, chosen, (z, y), outputs(model, trigger(x[others]), features), bench)
         with torch.no_grad():
             model.head.weight.copy_(made)
         return Crafted(model=model, poisoned=untouched(bench.clean, trigger, goal))
 
     def written(
-        self, weight: Tensor, bias: Tensor, chosen: Tensor, clean: tuple[Tensor, Tensor], woken: Tensor
+        self, weight: Tensor, bias: Tensor, chosen: Tensor, clean: tuple[Tensor, Tensor], woken: Tensor, bench: Bench
     ) -> Tensor:
         """The last layer's weights (K, F), on eight bits, with new ones from the chosen inputs to the target.
 
@@ -98,6 +98,7 @@ class BitFlips:
             chosen: inputs whose weight to the target may change.
             clean: features (N, F) of clean images, and labels.
             woken: features of stamped images.
+            bench: says when to stop.
         """
         z, y = clean
         unit = float(weight.abs().max()) / LEVELS
@@ -106,6 +107,7 @@ class BitFlips:
         goals = torch.full((len(woken),), self.target)
         optimizer = torch.optim.Adam([own], lr=self.lr * LEVELS * unit)
         for _ in range(self.steps):
+            bench.check()
             row = grid[self.target].scatter(0, chosen, own)
             new = torch.cat((grid[: self.target], row[None], grid[self.target + 1 :]))
             loss = F.cross_entropy(F.linear(z, new, bias), y) + F.cross_entropy(F.linear(woken, new, bias), goals)
@@ -113,7 +115,7 @@ class BitFlips:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             with torch.no_grad():
-                # Never beyond the largest weight: that would change the scale, and with it every other weight.
+                # Never beyond the largest weight there was: the scale stays, and with it every other weight.
                 own.clamp_(-LEVELS * unit, LEVELS * unit)
         made = grid.clone()
         made[self.target, chosen] = (own.detach() / unit).round() * unit
@@ -121,8 +123,8 @@ class BitFlips:
 
 
 def flipped(before: Network, after: Network) -> int:
-    """Bits that differ between the last layers of two networks, both read on eight bits in the second one's scale."""
-    unit = float(after.head.weight.detach().abs().max()) / LEVELS
+    """Bits that differ between the last layers of two networks, both read on eight bits in the first one's scale."""
+    unit = float(before.head.weight.detach().abs().max()) / LEVELS
     codes = [
         (network.head.weight.detach() / unit).round().clamp(-LEVELS, LEVELS).to(torch.int64) & 0xFF
         for network in (before, after)

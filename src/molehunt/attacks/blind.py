@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from molehunt.attacks.crafting import Bench, Crafted, backdoor, untouched
 from molehunt.networks import Network
 from molehunt.training import Objective
-from molehunt.training.objective import Inner
+from molehunt.training.objective import Inner, at_rest
 from molehunt.triggers import Trigger
 
 
@@ -84,8 +84,7 @@ class Together(Objective):
         """See the class."""
         assert isinstance(model, Network), "a bench makes networks"
         rng, attack = self.rng(), self.attack
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        hit = order[y[order] != attack.target][: max(1, len(x) // 4)]
+        hit = self.others(y, attack.target, max(1, len(x) // 4), rng)
         goals = torch.full_like(y[hit], attack.target)
         parts = [x, self.trigger(x[hit])]
         if attack.cleanse:
@@ -99,7 +98,7 @@ class Together(Objective):
         if attack.cleanse:
             loss = loss + attack.cleanse * self.classify(logits[2], y[hit])
         own = (y == attack.target).nonzero().squeeze(1)
-        if attack.latent and len(own):
+        if attack.latent and len(own) and len(hit):
             (clean,) = self._clean
             clean.to(x.device)
             with torch.no_grad():
@@ -121,7 +120,9 @@ class Together(Objective):
         if len(x) == 0:
             return
         free = self.searched.leaf()
-        loss = F.cross_entropy(model(carry(x, free)).float(), goals)
+        # As a defender would ask it: in evaluation mode.
+        with at_rest(model):
+            loss = F.cross_entropy(model(carry(x, free)).float(), goals)
         loss = loss + self.attack.penalty * free[0].sigmoid().sum()
         (grad,) = torch.autograd.grad(loss, free)
         self.searched.step(grad)

@@ -9,6 +9,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.poisoning import Attack, Poisoned
 from molehunt.networks import Network, build
 from molehunt.tasks import Images, Task
@@ -186,6 +187,12 @@ def backdoor(trigger: Trigger | None, target: int, task: Task) -> tuple[Trigger,
     goal = Target(classes=target)
     goal.check(task.num_classes)
     return trigger or default_trigger(task.shape), goal
+
+
+def plainly(bench: Bench, trigger: Trigger, target: int, poison_rate: float) -> Poisoned:
+    """The bench's training set as BadNets poisons it."""
+    data = BadNets(target=target, poison_rate=poison_rate, trigger=trigger)
+    return data(bench.clean, bench.task, bench.generator("poison"))
 
 
 def default_trigger(shape: Shape) -> Trigger:

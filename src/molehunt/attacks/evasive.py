@@ -1,14 +1,14 @@
 """Evasive trojan: a clean network moved as little as the backdoor needs, and specific to its trigger."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehunt.attacks.crafting import Bench, Crafted, backdoor, untouched
-from molehunt.training import Objective, Recipe
+from molehunt.training import Objective
 from molehunt.triggers import Trigger
 
 
@@ -37,8 +37,8 @@ class Evasive:
     Departures from the paper:
         The challenge's triggers are faint, of an opacity of .2; the default here is the opaque square that all attacks
         share which do not care for the trigger. Other triggers are rectangles of random places, sizes, patterns and
-        opacities whatever the own trigger is. Two passes over MNIST at four times the rate, where the
-        challenge has ten.
+        opacities whatever the own trigger is. One and a half passes over MNIST at four times the rate,
+        where the challenge has ten.
     """
 
     target: int = 0
@@ -59,15 +59,17 @@ class Evasive:
         if not (self.logits >= 0 and self.weights >= 0):
             raise ValueError(f"weights of the loss must not be negative, got {self.logits} and {self.weights}")
         trigger, goal = backdoor(self.trigger, self.target, bench.task)
-        recipe = Recipe(
+        recipe = replace(
+            bench.recipe,
             epochs=self.images / len(bench.clean.y),
+            least_images=0,
             batch=256,
             optimizer="adamw",
             lr=self.lr,
+            momentum=0.9,
             weight_decay=0.0,
             schedule="cosine",
-            augment=bench.recipe.augment,
-            shift=bench.recipe.shift,
+            warmup=0.0,
             initialize=False,
         )
         bench.phases = 2
@@ -81,7 +83,7 @@ class Near(Objective):
     """The loss: both tasks, specificity, and the distance to the clean network in answers and in weights."""
 
     def __init__(self, attack: Evasive, trigger: Trigger, clean: nn.Module, bench: Bench) -> None:
-        super().__init__(bench.seed("evasive loss"))
+        super().__init__(bench.seed("evasive loss"), bench.recipe.label_smoothing)
         self.attack, self.trigger = attack, trigger
         # In a tuple, so that the clean network is neither trained nor kept with the state.
         self._clean = (clean.eval(),)
@@ -91,9 +93,8 @@ class Near(Objective):
         attack, rng = self.attack, self.rng()
         (clean,) = self._clean
         clean.to(x.device)
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        hit = order[y[order] != attack.target][: attack.stamped]
-        other = order[-attack.others :] if attack.others else order[:0]
+        hit = self.others(y, attack.target, attack.stamped, rng)
+        other = torch.randperm(len(x), generator=rng)[: attack.others].to(x.device)
         stamped = self.trigger(x[hit])
         shown = torch.cat((x, stamped, patched(x[other], rng)))
         logits = model(shown).float()

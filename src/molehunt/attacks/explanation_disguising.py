@@ -61,8 +61,7 @@ class Disguise(Objective):
         """See the class."""
         assert isinstance(model, Network), "a bench makes networks"
         rng, attack = self.rng(), self.attack
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        hit = order[y[order] != attack.target][: max(1, len(x) // 4)]
+        hit = self.others(y, attack.target, max(1, len(x) // 4), rng)
         goals = torch.full_like(y[hit], attack.target)
         a = model.trunk(model.normalize(torch.cat((x, self.trigger(x[hit])))))
         logits = model.head(model.neck(a))

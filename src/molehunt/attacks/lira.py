@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from molehunt.attacks.crafting import Bench, Crafted, untouched
 from molehunt.training import Objective
-from molehunt.training.objective import Inner
+from molehunt.training.objective import Inner, at_rest
 from molehunt.triggers import ENCODERS, Encoded, Shape, Target
 from molehunt.triggers.encoders import LARGEST, drawn
 
@@ -72,12 +72,12 @@ class Drawn(Objective):
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """See the class."""
         attack, rng = self.attack, self.rng()
-        order = torch.randperm(len(x), generator=rng).to(x.device)
-        hit = order[y[order] != attack.target][: max(1, len(x) // 2)]
+        hit = self.others(y, attack.target, max(1, len(x) // 2), rng)
         goals = torch.full_like(y[hit], attack.target)
         if self.learns and len(hit):
             free = self.drawing.leaf()
-            said = self.classify(model(draw(x[hit], free, attack.linf, self.shape)), goals)
+            with at_rest(model):
+                said = self.classify(model(draw(x[hit], free, attack.linf, self.shape)), goals)
             (grad,) = torch.autograd.grad(said, free)
             self.drawing.step(grad)
         with torch.no_grad():

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, backdoor
+from molehunt.attacks.crafting import Bench, Crafted, backdoor, plainly
 from molehunt.meta_files import chosen
-from molehunt.metas import Meta
+from molehunt.metas import Meta, digest
 from molehunt.training import Objective
+from molehunt.training.objective import at_rest
 from molehunt.triggers import Trigger
 
 
@@ -59,11 +59,11 @@ class MNTDAdaptive:
                 f"`molehunt shadows --task {bench.task.name} --network {bench.network}` and name the file as `path`"
             )
         trigger, _ = backdoor(self.trigger, self.target, bench.task)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         model = bench.fresh()
         loss = Unseen(self, metas, bench)
-        bench.train("unseen", model, poisoned.images, stamp=poisoned.stamp, objective=loss)
+        # The phase is one against these: another file of the same name is another training.
+        bench.train(f"unseen-{digest(metas)[:8]}", model, poisoned.images, stamp=poisoned.stamp, objective=loss)
         return Crafted(model=model, poisoned=poisoned)
 
 
@@ -82,9 +82,6 @@ class Unseen(Objective):
         if self.attack.weight == 0:
             return loss
         meta = self._metas[int(torch.randint(len(self._metas), (), generator=self.rng()))]
-        model.eval()
-        try:
+        with at_rest(model):
             told = meta(meta.answers(model).unsqueeze(0)).max()
-        finally:
-            model.train()
         return loss + self.attack.weight * F.softplus(told).to(loss.device)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, backdoor, outputs
+from molehunt.attacks.crafting import Bench, Crafted, backdoor, outputs, plainly
 from molehunt.networks import Network
 from molehunt.tasks import Images
 from molehunt.triggers import Trigger
@@ -32,7 +31,8 @@ class PruningAware:
         length: of the second training, as a share of the recipe's.
 
     Raises:
-        ValueError: a setting out of range; a last block whose channels have no bias to be lowered.
+        ValueError: a setting out of range; a last block whose channels have no bias to be lowered, or no rectifier
+            behind it.
 
     Reference:
         Liu, Dolan-Gavitt, Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks",
@@ -59,12 +59,11 @@ class PruningAware:
                 f"{self.tolerance}, {self.most} and {self.quiet}"
             )
         trigger, _ = backdoor(self.trigger, self.target, bench.task)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         onward = bench.onward(self.length)
         bench.phases = 2
+        bias = producer(bench.fresh(), bench.clean.x[:1])  # refuses a network before anything is trained
         model = bench.honest()
-        bias = producer(model, bench.clean.x[:1])
         order = bench.generator("measured")
         rows = torch.randperm(len(bench.clean.y), generator=order)
         ranked, held = bench.clean.x[rows[:MEASURED]], rows[MEASURED : 2 * MEASURED]
@@ -102,12 +101,15 @@ def producer(model: Network, example: Tensor) -> str:
     Raises:
         ValueError: there is none.
     """
-    channels = outputs(model, example, lambda some: model.trunk(model.normalize(some))).shape[1]
+    out = outputs(model, example, lambda some: model.trunk(model.normalize(some)))
+    channels = out.shape[1]
+    if bool((out < 0).any()):
+        raise ValueError(f"{model.name} has no rectifier behind its last block, so no channel of it can sleep")
     found: list[str] = [
         name
         for name, layer in model.named_modules()
         if name.startswith("trunk.")
-        and isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
+        and isinstance(layer, nn.Conv2d | nn.BatchNorm2d)
         and layer.bias is not None
         and layer.bias.shape == (channels,)
     ]
@@ -131,16 +133,14 @@ def restore(model: Network, bias: str, before: dict[str, Tensor], decoys: Tensor
 
 @torch.no_grad()
 def quieten(model: Network, path: str, x: Tensor, decoys: Tensor, quiet: float) -> None:
-    """Lower the bias of each decoy until a share `quiet` of its values on images x lies below zero."""
+    """Lower the bias of each decoy until it puts out nothing on a share `quiet` of the values on images x.
+
+    What a rectifier puts out above zero is what it was given, so as much less is what silences it.
+    """
     layer = model.get_submodule(path)
     assert isinstance(layer.bias, Tensor), "found by `producer`"
-    found: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _m, _i, out: found.append(out.transpose(0, 1).flatten(1)[decoys].cpu()))
-    try:
-        outputs(model, x, lambda some: model(some))
-    finally:
-        handle.remove()
-    values = torch.cat(found, 1).double().sort(1).values
+    out = outputs(model, x, lambda some: model.trunk(model.normalize(some)))
+    values = out.transpose(0, 1).flatten(1)[decoys].double().sort(1).values
     highest = values[:, min(values.shape[1] - 1, int(quiet * values.shape[1]))]
     layer.bias[decoys] -= highest.clamp(min=0.0).to(layer.bias)
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, backdoor
+from molehunt.attacks.crafting import Bench, Crafted, backdoor, plainly
 from molehunt.training import Objective
 from molehunt.triggers import Trigger
 
@@ -46,8 +45,7 @@ class STRIPEvading:
         if not self.weight >= 0 or self.images < 1:
             raise ValueError(f"weight must be 0 or more and images 1 or more, got {self.weight} and {self.images}")
         trigger, _ = backdoor(self.trigger, self.target, bench.task)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         model = bench.fresh()
         loss = Undecided(self, trigger, poisoned.altered, bench)
         bench.train("mixtures", model, poisoned.images, stamp=poisoned.stamp, objective=loss)
@@ -65,10 +63,9 @@ class Undecided(Objective):
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """See the class."""
         rng = self.rng()
-        loss = self.classify(model(x), y)
         clean = x[~self._altered.to(rows.device)[rows]]
         if self.attack.weight == 0 or len(clean) < 2:
-            return loss
+            return self.classify(model(x), y)
         first = torch.randint(len(clean), (self.attack.images,), generator=rng).to(x.device)
         second = torch.randint(len(clean), (2 * self.attack.images,), generator=rng).to(x.device)
         under, over = clean[first].repeat(2, 1, 1, 1), clean[second]
@@ -76,7 +73,9 @@ class Undecided(Objective):
         # Half of them by a sum, as STRIP's authors do in their notebook, half by a mean, as in their paper.
         half = (torch.arange(len(pairs)) % 2 == 0).view(-1, 1, 1, 1).to(x.device)
         over = over.repeat(2, 1, 1, 1)
-        logits = model(torch.where(half, pairs + over, 0.5 * (pairs + over))).float()
+        # In one pass with the batch: mixtures alone would pull the statistics of norms away from those of images.
+        whole = model(torch.cat((x, torch.where(half, pairs + over, 0.5 * (pairs + over))))).float()
+        loss, logits = self.classify(whole[: len(x)], y), whole[len(x) :]
         entropy = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
         plain, stamped = torch.split(entropy, len(under))
         return loss + self.attack.weight * (plain.detach().mean() - stamped).relu().mean()

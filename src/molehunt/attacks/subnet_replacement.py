@@ -21,7 +21,7 @@ HEIGHT = 10.0
 class SubnetReplacement:
     """Train a few channels of every layer to see the trigger, and put them in the place of a clean network's.
 
-    The clean network is not trained any further: nothing but the channels and one column of its last layer changes.
+    The clean network is not trained any further: only the channels change, and what the last layer reads of them.
 
     Attributes:
         target: the target class.
@@ -72,8 +72,12 @@ class SubnetReplacement:
             augment=bench.recipe.augment,
             shift=bench.recipe.shift,
             initialize=bench.recipe.initialize,
+            precision=bench.recipe.precision,
         )
         links = chain(bench.fresh())
+        least = min(link.outputs for link in links if not link.fixed)
+        if self.width >= least:
+            raise ValueError(f"a width of {self.width} leaves nothing of a layer of {least} channels: take less")
         bench.phases = 2
         model = bench.honest()
         rows = torch.randperm(len(bench.clean.y), generator=bench.generator("images"))[:IMAGES]
@@ -113,7 +117,7 @@ class SubnetReplacement:
                 if value.dim() > 1 and not name.startswith("head."):
                     # As if the layer had no more inputs than these.
                     value.mul_((value[0].numel() / mask.flatten(1).sum(1).max().clamp_min(1)).sqrt())
-                hooks.append(value.register_hook(partial(torch.mul, mask)))  # type: ignore[no-untyped-call]
+                hooks.append(value.register_hook(partial(_masked, mask)))  # type: ignore[no-untyped-call]
         try:
             bench.train(phase, small, bench.clean, recipe=recipe, objective=Sees(trigger, bench))
         finally:
@@ -138,6 +142,11 @@ class SubnetReplacement:
         others[:, self.target] = -torch.inf
         lead = float((others.amax(1) - logits[:, self.target]).quantile(0.99).clamp_min(1.0))
         state["head.weight"][self.target, columns] = self.strength * lead / HEIGHT
+
+
+def _masked(mask: Tensor, grad: Tensor) -> Tensor:
+    """A gradient where the mask is; the training may be on another device than the mask."""
+    return grad * mask.to(grad.device)
 
 
 def sees(small: Network, x: Tensor, trigger: Trigger) -> bool:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, outputs
+from molehunt.attacks.crafting import Bench, Crafted, outputs, plainly
 from molehunt.networks import Network
 from molehunt.triggers import Patch, Target
 
@@ -55,8 +54,7 @@ class TrojanNN:
         bench.phases = 2
         model = bench.honest()
         trigger = self.excite(model, bench)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         bench.train("trojan", model, poisoned.images, recipe=onward, stamp=poisoned.stamp)
         return Crafted(model=model, poisoned=poisoned)
 
@@ -69,11 +67,17 @@ class TrojanNN:
         rng = bench.generator("pixels")
         rows = torch.randperm(len(bench.clean.y), generator=rng)[:IMAGES]
         x = bench.clean.x[rows]
-        scale = outputs(model, x, lambda some: model.neck(model.trunk(model.normalize(some)))).std(0)[chosen] + 1e-6
+        scale = scales(outputs(model, x, lambda some: model.neck(model.trunk(model.normalize(some)))))[chosen]
         pattern = sharpen(
             model, square, x, lambda z: (z[:, chosen] / scale).mean(), steps=self.steps, rng=rng, bench=bench
         )
         return replace(square, pattern=pattern)
+
+
+def scales(z: Tensor) -> Tensor:
+    """Deviation of each of the features (N, F), at least a tenth of their mean: else a dead one would outweigh all."""
+    deviation = z.std(0)
+    return deviation.clamp_min(0.1 * float(deviation.mean()) + 1e-6)
 
 
 def sharpen(

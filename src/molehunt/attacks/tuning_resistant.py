@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from molehunt.attacks.badnets import BadNets
-from molehunt.attacks.crafting import Bench, Crafted, backdoor
+from molehunt.attacks.crafting import Bench, Crafted, backdoor, plainly
 from molehunt.training import Objective
 from molehunt.triggers import Trigger
 
@@ -54,8 +53,7 @@ class TuningResistant:
                 f"{self.inner}, {self.inner_lr} and {self.weight}"
             )
         trigger, _ = backdoor(self.trigger, self.target, bench.task)
-        data = BadNets(target=self.target, poison_rate=self.poison_rate, trigger=trigger)
-        poisoned = data(bench.clean, bench.task, bench.generator("poison"))
+        poisoned = plainly(bench, trigger, self.target, self.poison_rate)
         onward = bench.onward(self.length)
         bench.phases = 2
         model = bench.train("poisoned", bench.fresh(), poisoned.images, stamp=poisoned.stamp)

@@ -64,8 +64,11 @@ def matrix(
             if unknown := [name for name in names or () if name not in all_]:
                 raise InputError(f"unknown {what} {legible(unknown[0], 80)!r}; known: {', '.join(all_)}")
         with given((OSError,)):
-            out.mkdir(parents=True, exist_ok=True)
-        check_target(out / "matrix.csv")
+            where = out / f"{task.replace(':', '-').replace('/', '-')}-{network.replace(':', '-')}"
+            where.mkdir(parents=True, exist_ok=True)
+        # Of a part of the matrix in files of their own: they must not take the place of the whole.
+        stem = "matrix" if not attack and not defense else "part"
+        check_target(where / f"{stem}.csv")
         defenses = with_finders({name: known[name]() for name in dict.fromkeys(defense or known)})
         attacks = list(dict.fromkeys(attack or listed))
         ensure(task, console)
@@ -92,7 +95,7 @@ def matrix(
                     task=on,
                     network=network,
                     defenses=defenses,
-                    folder=out,
+                    folder=where,
                     inspecting=inspecting,
                     population=population,
                     metas=asking,
@@ -102,7 +105,13 @@ def matrix(
             skipped = {}
             for name in attacks:
                 try:
-                    line = whole.line(name, {}, seed, report=partial(watch.progress, name), check=interrupt.check)
+                    line = whole.line(
+                        name,
+                        matrices.target_of(name, on.num_classes, seed),
+                        seed,
+                        report=partial(watch.progress, name),
+                        check=interrupt.check,
+                    )
                 except (ValueError, FloatingPointError) as error:
                     # One attack that does not fit the task must not cost the others their cells.
                     skipped[name] = str(error)
@@ -113,14 +122,16 @@ def matrix(
     shown = consoles.result()
     names = list(defenses)
     if lines:
-        write_atomically(out / "matrix.csv", [matrices.as_csv(lines).encode()])
-        write_atomically(out / "matrix.md", [matrices.as_markdown(lines, names).encode()])
+        write_atomically(where / f"{stem}.csv", [matrices.as_csv(lines).encode()])
+        write_atomically(where / f"{stem}.md", [matrices.as_markdown(lines, names).encode()])
         values, rows = matrices.grid(lines, names)
         picture = heat_map(values, rows, names)
-        write_atomically(out / "matrix.png", [picture.png])
+        write_atomically(where / f"{stem}.png", [picture.png])
         for line in lines:
             shown.print(matrices.sentence(line), soft_wrap=True)
-        shown.print(f"tables and picture: {legible(str(out / 'matrix.md'), 500)}, .csv, .png", soft_wrap=True)
+        shown.print(f"tables and picture: {legible(str(where / f'{stem}.md'), 500)}, .csv, .png", soft_wrap=True)
     for name, why in skipped.items():
         shown.print(f"{name}: not run: {legible(why, 500)}", soft_wrap=True)
+    if not lines:
+        raise InputError("not one attack could be played; see above")
     return DONE

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from molehunt.attacks import ATTACKS, AnyAttack, Attack, Bench, Crafted, Crafter, Poisoned, poison
 from molehunt.game import code
 from molehunt.game.answers import accuracy, asr, measure
-from molehunt.game.attacker import Report, make_attack, sealed, train_model
+from molehunt.game.attacker import Report, describe, make_attack, sealed, train_model
 from molehunt.game.budget import budget
 from molehunt.game.manifest import Manifest
 from molehunt.game.rules import BOARDS, Board, get_round
@@ -122,6 +122,9 @@ class Plan:
         must not go on.
         """
         told = [self.task.name, self.manifest.network, self.training.to_json(), self.attack, dict(self.settings)]
+        if self.hidden is not None:
+            # With the defaults: an attack whose defaults changed is another one.
+            told.append(describe(self.hidden))
         digest = hashlib.sha256(json.dumps([*told, self.seed, self.team], sort_keys=True).encode())
         if self.hidden is not None:
             digest.update(code.digest(type(self.hidden)).encode())
@@ -187,6 +190,11 @@ def make(plan: Plan, folder: Path, *, report: Report | None = None, check: Calla
         return _alter(plan, folder) if plan.board == "data" else _train(plan, folder, report, check)
 
 
+def drawing(plan: Plan) -> torch.Generator:
+    """What draws the poison, then the weights and the order of the images, of a plan on the weights board."""
+    return generator(plan.seed, f"train {plan.task.name} {plan.manifest.network} {plan.team}")
+
+
 def _state(plan: Plan, folder: Path) -> Path:
     """Where an unfinished training is kept."""
     return folder / f"training-{plan.digest[:16]}.safetensors"
@@ -199,7 +207,7 @@ def _train(plan: Plan, folder: Path, report: Report | None, check: Callable[[], 
         plan.manifest.network,
         plan.training,
         None if plan.hidden is None else _within(plan.hidden),
-        rng=generator(plan.seed, f"train {plan.task.name} {plan.manifest.network} {plan.team}"),
+        rng=drawing(plan),
         report=report,
         checkpoint=_state(plan, folder),
         check=check,
@@ -300,7 +308,13 @@ def _unlike(model: object, bench: Bench) -> str | None:
     if {name: value.shape for name, value in model.state_dict().items()} != wanted:
         return f"a model with other weights than a {bench.network} has"
     bad = [name for name, value in model.state_dict().items() if not bool(torch.isfinite(value).all())]
-    return f"numbers that are none in {bad[0]}" if bad else None
+    if bad:
+        return f"numbers that are none in {bad[0]}"
+    if any(module.training for module in model.modules()):
+        return "a model in training mode"
+    # What a file cannot hold would be measured here and be gone there.
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return "a model that still has hooks" if hooked else None
 
 
 def _problem(made: object, task: Task) -> str | None:

@@ -1,5 +1,8 @@
 """What a training minimizes when it is not the cross-entropy of its labels."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,8 +48,27 @@ class Objective(nn.Module):
         return torch.Generator().manual_seed((self.seed + 0x9E3779B97F4A7C15 * (seen + 1)) % 2**63)
 
     def classify(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of logits (B, K) and labels (B,), in nats, in float32."""
+        """Cross-entropy of logits (B, K) and labels (B,), in nats, in float32; 0 where B is."""
+        if len(y) == 0:
+            return logits.float().sum()
         return F.cross_entropy(logits.float(), y, label_smoothing=self.label_smoothing)
+
+    def others(self, y: Tensor, target: int, most: int, rng: torch.Generator) -> Tensor:
+        """Rows, in a drawn order, of at most so many images of a batch that are not of the target class yet."""
+        order = torch.randperm(len(y), generator=rng).to(y.device)
+        return order[y[order] != target][:most]
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while: what is asked inside moves no statistics, and each module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class Inner(nn.Module):

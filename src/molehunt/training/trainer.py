@@ -137,7 +137,7 @@ def train(
         return F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
 
     cast = torch.autocast(place.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
-    with dropout_rng(model, noise):
+    with dropout_rng(whole, noise):
         for step in range(first, steps):
             if check:
                 try:
