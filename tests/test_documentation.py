@@ -717,3 +717,17 @@ def test_what_is_left_of_the_pruning_aware_attack_is_what_was_measured() -> None
     for row in lines_of("pruning_aware"):
         left = row["curve"][row["pruned"]][1]
         assert left < 0.05 if row["attack"] == "badnets" else left > 0.95
+
+
+def test_what_short_shadows_are_worth_is_what_was_measured() -> None:
+    row = [row for row in lines_of("population") if row["kind"] == "gate"][-1]
+    shown = table("docs/reference/populations.md", "Are short shadows good enough?")
+    for cells, name in zip(shown, ("official", "short"), strict=True):
+        assert cells[0].startswith(name)
+        assert cells[1].split() == [f"{value:.3f}"[1:] for value in row["auc"][name]]
+        assert cells[2] == f"{row['permuted_95'][name]:.3f}"[1:]
+    text = (ROOT / "docs/reference/populations.md").read_text()
+    low, high = (f"{value:.4f}"[1:] for value in row["interval_95"])
+    assert f"The paired difference is {row['difference']:.4f}"[:-1].replace("0.", ".") in text
+    assert f"lower 95 % bound, over targets and starts, is {row['lower_95_one_sided']:.4f}".replace("0.", ".") in text
+    assert f"the two-sided interval {low} to {high}" in text
