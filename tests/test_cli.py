@@ -225,3 +225,16 @@ def test_as_a_module_it_is_the_same_program(module: str) -> None:
     )
     assert done.returncode == 3
     assert "nowhere.zip" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_are_told_how_long_to_wait_before_torch_is_loaded(given: dict[str, str], wanted: str | None) -> None:
+    code = "import os, sys; import molehunt.cli; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    clean = {k: v for k, v in os.environ.items() if k not in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **given}, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == [str(wanted), "False"]
