@@ -41,7 +41,8 @@ START = 180.0  # seconds for the warm process to import torch, on a slow disk un
 LOAD = 60.0  # seconds for a child to read the evidence and import the defense
 DISK = 2**30  # bytes that an evaluation may leave on disk
 # Variables that the warm process keeps: where things are and how to print, never who somebody is.
-_KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH")
+_KEPT = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# The last two say how long threads wait busily for each other; see `molehunt.cli`.
 
 
 class Sandbox:
