@@ -17,7 +17,7 @@ GROUPS: tuple[str, ...] = (
     "runner shadows meter untouched isolation aftermath zygote examination "
     "conformal calibration repair combine asking reliability null_check testing figures charts report scan",
     "game",
-    "bank starter matrix",
+    "bank starter matrix matrix_tables",
     "web client commands cli __main__",
 )
 PLACE = {module: place for place, group in enumerate(GROUPS) for module in group.split()}

@@ -17,21 +17,8 @@ from molehunt.figures import heat_map
 from molehunt.findings import Outcome
 from molehunt.game import workshop
 from molehunt.game.workshop import Plan, drawing
-from molehunt.matrix import (
-    Cell,
-    Line,
-    Matrix,
-    _largest,
-    as_csv,
-    as_markdown,
-    catches,
-    grid,
-    read,
-    removes,
-    sentence,
-    shown,
-    target_of,
-)
+from molehunt.matrix import Cell, Line, Matrix, _largest, read, target_of
+from molehunt.matrix_tables import as_csv, as_markdown, catches, grid, removes, sentence, shown
 from molehunt.meta_files import shipped
 from molehunt.networks import build
 from molehunt.runner import inspect

@@ -13,10 +13,9 @@ from molehunt.attacks import (
     TuningResistant,
 )
 from molehunt.attacks.lira import LIRA
-from molehunt.networks import Network
+from molehunt.networks import Network, evaluating
 from molehunt.tasks import Images, get_task
 from molehunt.training import Recipe
-from molehunt.training.objective import at_rest
 
 TASK = get_task("mnist5k")
 RECIPE = Recipe(
@@ -71,7 +70,7 @@ def test_who_only_asks_moves_no_statistics() -> None:
     model = bench().fresh().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.trunk[2].eval()  # type: ignore[index]
-    with at_rest(model):
+    with evaluating(model):
         assert not any(module.training for module in model.modules())
         model(bench().clean.x[:20])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

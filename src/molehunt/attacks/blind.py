@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molehunt.attacks.crafting import Bench, Crafted, backdoor, untouched
-from molehunt.networks import Network
+from molehunt.networks import Network, evaluating
 from molehunt.training import Objective
-from molehunt.training.objective import Inner, at_rest
+from molehunt.training.objective import Inner
 from molehunt.triggers import Trigger
 
 
@@ -121,7 +121,7 @@ class Together(Objective):
             return
         free = self.searched.leaf()
         # As a defender would ask it: in evaluation mode.
-        with at_rest(model):
+        with evaluating(model):
             loss = F.cross_entropy(model(carry(x, free)).float(), goals)
         loss = loss + self.attack.penalty * free[0].sigmoid().sum()
         (grad,) = torch.autograd.grad(loss, free)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from molehunt.attacks.crafting import Bench, Crafted, untouched
+from molehunt.networks import evaluating
 from molehunt.training import Objective
-from molehunt.training.objective import Inner, at_rest
+from molehunt.training.objective import Inner
 from molehunt.triggers import ENCODERS, Encoded, Shape, Target
 from molehunt.triggers.encoders import LARGEST, drawn
 
@@ -76,7 +77,7 @@ class Drawn(Objective):
         goals = torch.full_like(y[hit], attack.target)
         if self.learns and len(hit):
             free = self.drawing.leaf()
-            with at_rest(model):
+            with evaluating(model):
                 said = self.classify(model(draw(x[hit], free, attack.linf, self.shape)), goals)
             (grad,) = torch.autograd.grad(said, free)
             self.drawing.step(grad)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from molehunt.attacks.crafting import Bench, Crafted, backdoor, plainly
 from molehunt.meta_files import chosen
 from molehunt.metas import Meta, digest
+from molehunt.networks import evaluating
 from molehunt.training import Objective
-from molehunt.training.objective import at_rest
 from molehunt.triggers import Trigger
 
 
@@ -82,6 +82,6 @@ class Unseen(Objective):
         if self.attack.weight == 0:
             return loss
         meta = self._metas[int(torch.randint(len(self._metas), (), generator=self.rng()))]
-        with at_rest(model):
+        with evaluating(model):
             told = meta(meta.answers(model).unsqueeze(0)).max()
         return loss + self.attack.weight * F.softplus(told).to(loss.device)

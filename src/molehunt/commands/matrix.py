@@ -44,6 +44,7 @@ def matrix(
     with Interrupt(console, RESUMES, gentle=True) as interrupt:
         from molehunt import calibration, meta_files
         from molehunt import matrix as matrices
+        from molehunt import matrix_tables as tables
         from molehunt.attacks import available as known_attacks
         from molehunt.bank.scores import with_finders
         from molehunt.commands.evaluation import evaluations
@@ -118,17 +119,17 @@ def matrix(
                     watch.done(name, f"not run: {error}")
                     continue
                 lines.append(line)
-                watch.done(name, matrices.sentence(line).partition(": ")[2])
+                watch.done(name, tables.sentence(line).partition(": ")[2])
     shown = consoles.result()
     names = list(defenses)
     if lines:
-        write_atomically(where / f"{stem}.csv", [matrices.as_csv(lines).encode()])
-        write_atomically(where / f"{stem}.md", [matrices.as_markdown(lines, names).encode()])
-        values, rows = matrices.grid(lines, names)
+        write_atomically(where / f"{stem}.csv", [tables.as_csv(lines).encode()])
+        write_atomically(where / f"{stem}.md", [tables.as_markdown(lines, names).encode()])
+        values, rows = tables.grid(lines, names)
         picture = heat_map(values, rows, names)
         write_atomically(where / f"{stem}.png", [picture.png])
         for line in lines:
-            shown.print(matrices.sentence(line), soft_wrap=True)
+            shown.print(tables.sentence(line), soft_wrap=True)
         shown.print(f"tables and picture: {legible(str(where / f'{stem}.md'), 500)}, .csv, .png", soft_wrap=True)
     for name, why in skipped.items():
         shown.print(f"{name}: not run: {legible(why, 500)}", soft_wrap=True)

@@ -4,7 +4,7 @@
 `fold_batch_norm` take a model apart by module path, so that a defense needs no code per architecture.
 """
 
-from molehunt.networks.anatomy import Anatomy, anatomy, capture, features, tail
+from molehunt.networks.anatomy import Anatomy, anatomy, capture, evaluating, features, tail
 from molehunt.networks.architectures import NETWORKS, build
 from molehunt.networks.folding import fold_batch_norm
 from molehunt.networks.network import Dropout, Network, Normalize, Whitening, dropout_rng
@@ -22,6 +22,7 @@ __all__ = [
     "capture",
     "default_device",
     "dropout_rng",
+    "evaluating",
     "fast_dtype",
     "features",
     "fold_batch_norm",

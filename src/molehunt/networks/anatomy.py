@@ -59,7 +59,7 @@ def anatomy(model: nn.Module, example: Tensor) -> Anatomy:
         return hook
 
     handles = [module.register_forward_hook(watch(path)) for path, module in model.named_modules()]
-    with _removing(handles), _evaluating(model):
+    with _removing(handles), evaluating(model):
         model(example)
     linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
@@ -184,8 +184,8 @@ def _removing(handles: list[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode and put every module's own mode back afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, so that asking it moves no statistics, and put every module's own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,8 +1,5 @@
 """What a training minimizes when it is not the cross-entropy of its labels."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,18 +54,6 @@ class Objective(nn.Module):
         """Rows, in a drawn order, of at most so many images of a batch that are not of the target class yet."""
         order = torch.randperm(len(y), generator=rng).to(y.device)
         return order[y[order] != target][:most]
-
-
-@contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while: what is asked inside moves no statistics, and each module gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class Inner(nn.Module):
