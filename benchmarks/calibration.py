@@ -20,7 +20,7 @@ import torch
 from molehunt import calibration
 from molehunt.attacks import BadNets
 from molehunt.calibration import statistic
-from molehunt.combine import fuse
+from molehunt.fusion import fuse
 from molehunt.defenses import STRIP, Defense, NeuralCleanse
 from molehunt.examination import divide, examine
 from molehunt.figures import reliability_chart

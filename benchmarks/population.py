@@ -50,6 +50,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from molehunt import bank
 from molehunt.attacks import BadNets
 from molehunt.attacks.jumbo import jumbo
 from molehunt.bank.guard import MOST, telltale
@@ -291,12 +292,7 @@ def plan_of(what: str) -> Plan:
     """The whole populations that the goals are about."""
     if what == "mnist":
         return Plan(task="mnist", network="mntd_mnist", recipe=SHORT, members=members(1024, SEED, subset=SUBSET))
-    if what == "cifar":
-        return Plan(
-            task="cifar10", network="mntd_cifar", recipe=CIFAR, members=members(256, SEED + 2_000, subset=1_000)
-        )
-    recipe = recipe_for("narrow_cifar", get_task("cifar10"))
-    return Plan(task="cifar10", network="narrow_cifar", recipe=recipe, members=members(64, SEED + 3_000, subset=None))
+    return Plan(task="cifar10", network="mntd_cifar", recipe=CIFAR, members=members(256, SEED + 2_000, subset=1_000))
 
 
 def tell(progress: Progress, line: TaskID, done: int, total: int) -> None:
@@ -309,6 +305,45 @@ def through(plan: Plan, folder: Path, label: str, *, layout: Layout | None = Non
     with Progress() as progress:
         line = progress.add_task(label)
         return list(train_population(plan, folder, layout=layout, report=partial(tell, progress, line)))
+
+
+def grow_bank(state: Path) -> None:
+    """Train the last 64 models of the bank's calibrate partition with as many processes as there are cores.
+
+    They have their own recipes and attacks, so no two of them could share a block. benchmarks/bank.py keeps their rows.
+    """
+    listed = bank.entries("cifar10", "narrow_cifar", "calibrate")[-64:]
+    folder = state / "grow-narrow"
+    begun = len(bank.read_rows(listed, folder)) if folder.exists() else 0
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(1)
+    conditions_, start = conditions(), time.monotonic()
+    peaks = [0.0]
+    with Memory() as memory, Progress() as progress:
+        line = progress.add_task("narrow")
+
+        def report(row: bank.Row, done: int, total: int) -> None:
+            tell(progress, line, done, total)
+            if done == total // 4:
+                peaks.append(memory.peak_gib)
+
+        made = bank.build(listed, folder, processes=cores, report=report)
+    whole = {
+        "kind": "whole",
+        "population": "narrow",
+        "models": len(made),
+        "seconds": time.monotonic() - start,
+        "blocks_found": begun,
+        "layout": {"block": 1, "processes": cores, "threads": 1},
+        "peak_gib": memory.peak_gib,
+        "peak_gib_of_a_quarter": peaks[-1],
+        "accuracy": spread([row.accuracy for row in made]),
+        "plain": spread([row.accuracy for row in made if row.kind == "plain"]),
+        "asr": spread([row.asr for row in made if row.asr is not None]),
+        **conditions_,
+    }
+    append(NAME, whole)
+    print({k: v for k, v in whole.items() if k != "machine"}, flush=True)
 
 
 def grow(what: str, state: Path) -> None:
@@ -624,6 +659,8 @@ def main() -> None:
         return guard(arguments.state)
     if arguments.population is None:
         parser.error("grow needs a population: mnist, cifar or narrow")
+    if arguments.population == "narrow":
+        return grow_bank(arguments.state)
     return grow(arguments.population, arguments.state)
 
 

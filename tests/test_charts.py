@@ -100,6 +100,13 @@ def metas() -> Finding:
     return Finding(defense="mntd", class_scores=scores, details={"logits": [6.0, 6.5, 6.25], "queries": 30})
 
 
+def ways() -> Finding:
+    excess = torch.zeros(10, 10, dtype=torch.float64)
+    excess[2, 7], excess[4, 9], excess[1, 7] = 1.625, 0.5, 0.25
+    patch = Patch.square((1, 28, 28))
+    return Finding(defense="pair_inversion", details={"excess": excess}, trigger=patch, target=7, sources=(2,))
+
+
 def certified() -> Finding:
     table = [
         {"radius": 0.0, "rate": 0.98, "accuracy": 0.96},
@@ -127,6 +134,7 @@ MADE = {
         neurons(),
         pasted(),
         metas(),
+        ways(),
         certified(),
     )
 }
@@ -186,6 +194,7 @@ def test_every_picture_has_one_size_and_few_bytes_and_is_the_same_again(name: st
         ),
         ("sentinet", ("2 recovered triggers", "the best, of neural_cleanse for “7”, 97.5 % and 62.5 %")),
         ("mntd", ("3 meta-classifiers", "30 pictures", "10 classes", "6.25 for “7”", "is 6.25")),
+        ("pair_inversion", ("largest 1.62 from “2” to “7”", "next 0.5", "the first is reported")),
         ("rab", ("98.0 % at 0", "96.0 % of all are right", "none from 0.1 on")),
         ("pruning_detection", ("4 pruned copies: 25.0 % (copy 2) to 90.0 %", "mean 60.0 %", "unpruned 98.5 %")),
     ],

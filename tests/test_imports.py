@@ -15,7 +15,8 @@ GROUPS: tuple[str, ...] = (
     "training",
     "attacks defenses",
     "runner shadows meter untouched isolation aftermath zygote examination "
-    "conformal calibration repair combine asking reliability null_check testing figures charts report scan",
+    "conformal calibration repair stacking fusion combine asking reliability power null_check "
+    "testing figures charts report scan",
     "game",
     "bank starter matrix matrix_tables",
     "web client commands cli __main__",

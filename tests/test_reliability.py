@@ -193,13 +193,12 @@ def test_out_of_fold_probabilities_hold_where_scores_are_exchangeable() -> None:
         judged: list[Judged] = out_of_fold(people(*models), prior=0.5)
         said += [a.said.p for a in judged if a.said]
         true += [a.model.attack is not None for a in judged if a.said]
-    # Nobody is told less than .2: the references do not vouch for a family that they have not met.
-    bins = [b for b in reliability(said, true, 5) if b.count >= 50]
-    assert [b.low for b in bins] == pytest.approx([0.2, 0.4, 0.8])
+    # Five intervals of 99 % each: of a hundred such tests of true probabilities five would fail.
+    bins = reliability(said, true, 5, confidence=0.99)
+    assert min(b.count for b in bins) >= 50
     for b in bins:
         assert b.mean is not None
-        assert b.share is not None
-        assert b.share == pytest.approx(b.mean, abs=0.1)
+        assert b.least <= b.mean <= b.most
 
 
 def test_a_population_is_compared_at_its_own_share_of_planted_models() -> None:

@@ -1,7 +1,6 @@
 """From many outcomes to one verdict: calibrated fusion, the likeliest class, the best trigger, a measured repair.
 
-A first, honest fusion: conformal p-values against clean reference models, combined by rank. It claims no more than the
-reference models support, and says when it cannot tell.
+It claims no more than the reference models support, and says when it cannot tell. What becomes of scores is `fusion`'s.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,17 +11,16 @@ import torch
 from torch import Tensor
 
 from molehunt.calibration import Population, dtype_remark, recipe_remark, settings, statistic
-from molehunt.conformal import INDICATIVE, combined, conformal, indicative, posterior
+from molehunt.conformal import INDICATIVE, indicative, posterior
 from molehunt.defenses._statistics import median, spread
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
+from molehunt.fusion import fuse, uncovered
 from molehunt.repair import Recovered, choose, success
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images
 
 UNIFORM = 0.02
 """Share of q that is spread evenly over all classes, so that no class is ever ruled out."""
-COVERAGE = 0.8
-"""Share of the clean reference models that must have a score of a defense for it to join the combination."""
 INDICATIVE_RANGE = (0.21, 0.79)
 """Without reference models p stays in here: within what the scanner calls "could not tell"."""
 
@@ -36,26 +34,6 @@ class _Evidence:
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fused:
-    """What the scores of one model say beside those of its references.
-
-    Attributes:
-        p: probability that something is hidden, in (0, 1); the prior where nothing could be compared.
-        p_value: combined conformal p-value, in [1 / (clean + 1), 1]; None where nothing could be compared.
-        p_values: conformal p-value by defense.
-        clean, planted: reference models behind `p`: those with a score of every defense that joined.
-        dropped: defenses that had to be left out, because no clean reference has a score of all.
-    """
-
-    p: float
-    p_value: float | None
-    p_values: Mapping[str, float]
-    clean: int
-    planted: int
-    dropped: tuple[str, ...] = ()
 
 
 def verdict(
@@ -120,7 +98,11 @@ def verdict(
     q = class_probabilities(findings, evidence.p_values, classes)
     recovered = [
         Recovered(
-            defense=f.defense, trigger=f.trigger, target=f.target, asr=success(f.trigger, f.target, suspect, held_out)
+            defense=f.defense,
+            trigger=f.trigger,
+            target=f.target,
+            asr=success(f.trigger, f.target, suspect, held_out, f.sources),
+            sources=f.sources,
         )
         for f in findings
         if f.trigger is not None and f.target is not None
@@ -133,6 +115,7 @@ def verdict(
         q=q,
         trigger=best.trigger if best else None,
         target=best.target if best else None,
+        sources=best.sources if best else None,
         repaired=repaired,
         outcomes=outcomes,
         p_values=evidence.p_values,
@@ -143,7 +126,14 @@ def verdict(
             "skipped": evidence.skipped,
             "warnings": evidence.warnings,
             "candidates": [
-                {"defense": c.defense, "target": c.target, "asr": c.asr, "weight": c.weight, "chosen": c is best}
+                {
+                    "defense": c.defense,
+                    "target": c.target,
+                    "sources": c.sources,
+                    "asr": c.asr,
+                    "weight": c.weight,
+                    "chosen": c is best,
+                }
                 for c in recovered
             ],
             "repair": repair,
@@ -200,42 +190,9 @@ def _weigh(findings: Sequence[Finding], population: Population | None, prior: fl
     evidence.details = {
         "combined_p_value": fused.p_value,
         "references": {"clean": fused.clean, "planted": fused.planted},
+        "log_odds": {"start": fused.start, "raised": dict(fused.contributions)},
     }
     return evidence
-
-
-def fuse(scores: Mapping[str, float], population: Population, *, prior: float = 0.5) -> Fused:
-    """Turn raw scores of one model into p-values and one probability.
-
-    Args:
-        scores: by defense, each in the settings of the population and with a score of at least one clean reference.
-        population: the references, without the model.
-        prior: share of backdoored models among those that are asked about, in (0, 1).
-
-    Raises:
-        ValueError: a defense that scored no clean reference, a score that is not finite, or a prior outside (0, 1).
-    """
-    p_values = {d: conformal(s, population.column(d)) for d, s in scores.items()}
-    used, dropped = sorted(scores), []
-    while used and not population.table(used):
-        # Each has scores of most references, but no reference has all of them: give up the sparsest.
-        sparse = min(used, key=lambda d: (len(population.column(d)), d))
-        del p_values[sparse]
-        used.remove(sparse)
-        dropped.append(sparse)
-    if not used:
-        return Fused(p=prior, p_value=None, p_values={}, clean=0, planted=0, dropped=tuple(dropped))
-    clean = population.table(used)
-    planted = {a: [combined(row, clean) for row in rows] for a, rows in population.families(used).items()}
-    p_value = combined([scores[d] for d in used], clean)
-    return Fused(
-        p=posterior(p_value, len(clean), prior=prior, planted=planted),
-        p_value=p_value,
-        p_values=p_values,
-        clean=len(clean),
-        planted=sum(map(len, planted.values())),
-        dropped=tuple(dropped),
-    )
 
 
 def _compare(
@@ -319,16 +276,6 @@ def _fewer_looked(finding: Finding, population: Population) -> tuple[str, str] |
 
 def _named(one: Mapping[str, Any]) -> str:
     return " and ".join(one.get("producers", ())) or "nobody"
-
-
-def uncovered(defense: str, population: Population) -> str | None:
-    """Say why a defense has too few clean references to compare with; None if it has enough (`COVERAGE`)."""
-    have, of = len(population.column(defense)), len(population.clean)
-    if defense not in population.defenses or have == 0:
-        return "no clean reference model has a score of it"
-    if have < COVERAGE * of:
-        return f"only {have} of {of} clean reference models have a score of it"
-    return None
 
 
 def _silence(outcome: Outcome) -> str:

@@ -25,10 +25,15 @@ def judges_candidates(defense: Defense, grants: Set[Access]) -> bool:
 
 
 def candidates(outcomes: Mapping[str, Outcome]) -> tuple[Candidate, ...]:
-    """Collect the triggers that defenses recovered, without a word about how sure they were."""
+    """Collect the triggers that defenses recovered, without a word about how sure they were.
+
+    One that works on some classes alone is left out: who judges candidates stamps pictures of all classes.
+    """
     found = []
     for name, outcome in outcomes.items():
-        if isinstance(outcome, Finding) and outcome.trigger is not None and outcome.target is not None:
+        if not isinstance(outcome, Finding) or outcome.sources is not None:
+            continue
+        if outcome.trigger is not None and outcome.target is not None:
             found.append(Candidate(trigger=outcome.trigger, target=outcome.target, defense=name))
     return tuple(found)
 
@@ -48,7 +53,7 @@ def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
     """Names of the defenses that looked for triggers and finished, in order: they name one, or a score by class.
 
     One that scores training samples has its class scores from them, and one that asks meta-classifiers from those;
-    neither has looked for a trigger.
+    neither has looked for a trigger. One that searches by single classes has, but hands none on.
 
     That none of them named a trigger is evidence. One that failed or abstained found nothing either, but that is none.
     """
@@ -56,6 +61,7 @@ def searched(outcomes: Mapping[str, Outcome]) -> list[str]:
         name
         for name, outcome in outcomes.items()
         if isinstance(outcome, Finding)
+        and outcome.sources is None
         and (
             outcome.trigger is not None
             or (outcome.class_scores is not None and outcome.sample_scores is None and "metas" not in outcome.record)

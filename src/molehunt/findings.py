@@ -66,6 +66,8 @@ class Finding:
         class_scores: (K,), higher is likelier to be the target class.
         trigger: the recovered trigger, and `target` the class that it produces.
         target: class that the trigger produces.
+        sources: classes on which the trigger works, of a search by single classes, () where that found none; None is
+            for a trigger that works on all of them.
         input_scores: (M,) over the suspect's inputs, higher is likelier to carry a trigger.
         sample_scores: (N,) over the training set, higher is likelier to be poisoned.
         repaired: a state dict for the suspect's network; the suspect itself is never changed.
@@ -83,6 +85,7 @@ class Finding:
     class_scores: Tensor | None = None
     trigger: Trigger | None = None
     target: int | None = None
+    sources: tuple[int, ...] | None = None
     input_scores: Tensor | None = None
     sample_scores: Tensor | None = None
     repaired: State | None = None
@@ -100,6 +103,8 @@ class Finding:
                 raise ValueError(f"{self.defense}: {name} must be finite with one dimension")
         if (self.trigger is None) != (self.target is None):
             raise ValueError(f"{self.defense}: a trigger comes with the class that it produces, and the reverse")
+        if self.sources is not None and bool(self.sources) != (self.trigger is not None):
+            raise ValueError(f"{self.defense}: sources {self.sources} come with a trigger, and () without one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +153,7 @@ class Verdict:
         q: (K,) probabilities of the target class, given that something is hidden; sums to 1.
         trigger: the best recovered trigger, and `target` the class that it produces; None if nothing was recovered.
         target: as said.
+        sources: classes on which the trigger works; None means all others.
         repaired: state dict of the cleaned model; None where the submitted weights stand.
         outcomes: every defense's answer, in the order in which they ran.
         p_values: conformal p-value by defense, where there is one.
@@ -161,6 +167,7 @@ class Verdict:
     q: Tensor
     trigger: Trigger | None = None
     target: int | None = None
+    sources: tuple[int, ...] | None = None
     repaired: State | None = None
     outcomes: tuple[Outcome, ...] = ()
     p_values: Mapping[str, float] = field(default_factory=dict)
@@ -236,11 +243,19 @@ def _decode(value: Any, folder: Path) -> Any:
         case "trigger":
             return triggers.from_json(fields["json"], fields["tensors"])
         case "verdict":
-            return Verdict(**{**fields, "outcomes": tuple(fields["outcomes"])})
-        case "finding" | "abstention" | "failure" as kind:
+            return Verdict(**{**fields, "outcomes": tuple(fields["outcomes"]), "sources": _sources(fields)})
+        case "finding":
+            return Finding(**{**fields, "sources": _sources(fields)})
+        case "abstention" | "failure" as kind:
             return _KINDS[kind](**fields)
         case other:
             raise ValueError(f"unknown record kind {other!r}")
+
+
+def _sources(fields: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Source classes out of a record; older ones have none."""
+    sources = fields.get("sources")
+    return None if sources is None else tuple(sources)
 
 
 def save(answer: Outcome | Verdict, path: Path) -> None:

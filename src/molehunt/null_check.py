@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from scipy.stats import betabinom, ks_2samp
 
 from molehunt.calibration import Population
-from molehunt.combine import fuse, uncovered
 from molehunt.conformal import conformal
+from molehunt.fusion import fuse, uncovered
 
 LEVEL = 0.05
 DIFFERENT = 0.01

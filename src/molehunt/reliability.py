@@ -12,7 +12,7 @@ from itertools import pairwise
 from scipy.stats import beta
 
 from molehunt.calibration import Population, Reference
-from molehunt.combine import Fused, fuse, uncovered
+from molehunt.fusion import Fused, fuse, uncovered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from molehunt.findings import Finding, State
 from molehunt.suspect import BATCH, Suspect
 from molehunt.tasks import Images
@@ -21,12 +23,16 @@ DROP = 0.05
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recovered:
-    """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured."""
+    """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured.
+
+    `sources` are the classes on which it works and is measured; None means all but the target.
+    """
 
     defense: str
     trigger: Trigger
     target: int
     asr: float | None
+    sources: tuple[int, ...] | None = None
 
     @property
     def weight(self) -> float:
@@ -35,15 +41,25 @@ class Recovered:
 
     @property
     def merit(self) -> float:
-        """Held-out success rate minus half the weight; what was not measured counts as no success."""
-        return (self.asr or 0.0) - 0.5 * self.weight
+        """Held-out success rate minus half the weight; what was not measured counts as no success.
+
+        Of two that work the one that does so on all classes explains more.
+        """
+        return (self.asr or 0.0) - 0.5 * self.weight - (0.5 if self.sources else 0.0)
 
 
-def success(trigger: Trigger, target: int, suspect: Suspect | None, held_out: Images | None) -> float | None:
-    """Share of held-out images of other classes that the trigger sends to its class."""
+def success(
+    trigger: Trigger,
+    target: int,
+    suspect: Suspect | None,
+    held_out: Images | None,
+    sources: tuple[int, ...] | None = None,
+) -> float | None:
+    """Share of held-out images of the source classes, by default of all others, that the trigger sends to its class."""
     if suspect is None or held_out is None or not fits(trigger, suspect.task.shape):
         return None
-    x = held_out.x[held_out.y != target]
+    y = held_out.y
+    x = held_out.x[y != target if sources is None else torch.isin(y, torch.tensor(sources, device=y.device))]
     if len(x) == 0:
         return None
     hits = sum(
@@ -86,7 +102,7 @@ def choose(
             continue
         cleaned = Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
         after = _accuracy(cleaned, held_out)
-        rates = [success(c.trigger, c.target, cleaned, held_out) for c in recovered]
+        rates = [success(c.trigger, c.target, cleaned, held_out, c.sources) for c in recovered]
         # Without a recovered trigger nothing is measured, which is not the same as a trigger that works no longer.
         residual = max((rate for rate in rates if rate is not None), default=None)
         accepted = after >= before - DROP

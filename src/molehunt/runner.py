@@ -247,6 +247,9 @@ def check(finding: object, suspect: Suspect) -> Finding:
             raise ValueError(f"trigger: does not fit pictures of shape {suspect.task.shape}")
         if type(finding.target) is not int or not 0 <= finding.target < suspect.classes:
             raise ValueError(f"target: expected a class from 0 to {suspect.classes - 1}, got {finding.target!r}")
+    for source in finding.sources or ():
+        if type(source) is not int or not 0 <= source < suspect.classes or source == finding.target:
+            raise ValueError(f"sources: expected classes other than the target {finding.target}, got {source!r}")
     if finding.radius is not None and not (math.isfinite(finding.radius) and finding.radius >= 0):
         raise ValueError(f"radius: expected a finite number, 0 or more, got {finding.radius}")
     if finding.repaired is not None:

@@ -155,11 +155,18 @@ def _accuracy(suspect: Suspect, images: Images) -> float:
     return float((suspect.logits(images.x).argmax(1).cpu() == images.y).double().mean())
 
 
+def _meant(verdict: Verdict, y: torch.Tensor) -> torch.Tensor:
+    """Which images the recovered trigger is meant for, bool (N,)."""
+    if verdict.sources is not None:
+        return torch.isin(y, torch.tensor(verdict.sources))
+    return y.ne(-1 if verdict.target is None else verdict.target)
+
+
 def _success(suspect: Suspect, repaired: Suspect | None, verdict: Verdict, images: Images) -> Change | None:
-    """How often the recovered trigger sends images of other classes to its class, before and after the repair."""
+    """How often the recovered trigger sends images of its sources to its class, before and after the repair."""
     if verdict.trigger is None or verdict.target is None:
         return None
-    others = images.x[images.y != verdict.target]
+    others = images.x[_meant(verdict, images.y)]
     if len(others) == 0:
         return None
     stamped = Images(verdict.trigger(others), torch.full((len(others),), verdict.target))
@@ -170,7 +177,7 @@ def _pictures(suspect: Suspect, verdict: Verdict, images: Images) -> Pictures | 
     """Examples without and with the recovered trigger; None where nothing was recovered."""
     if verdict.trigger is None:
         return None
-    x = images.x[images.y != verdict.target][:EXAMPLES]
+    x = images.x[_meant(verdict, images.y)][:EXAMPLES]
     if len(x) == 0:
         return None
     stamped = verdict.trigger(x)

@@ -24,11 +24,14 @@ def trial(name: str) -> Trial:
 
 ASLEEP = "clean pictures never wake the channel of the planted trigger, so no gradient reaches it"
 LEARNED = "a twentieth of a small set is enough poison for every network to learn, whatever noise lies on it"
+OF_ALL = "a backdoor of all classes is what is usual for its target; it looks for those of some classes alone"
 CANNOT = {
     ("pruning_detection", "ranks_the_planted_above_the_twin"): "its score means what a calibration makes of it",
     ("fine_tuning", "repairs"): ASLEEP,
     ("super_fine_tuning", "repairs"): ASLEEP,
     ("gradient_shaping", "repairs"): "a tenth of a small set is enough poison to be learned under any clipping",
+    ("pair_inversion", "names_the_target"): OF_ALL,
+    ("pair_inversion", "recovers_a_working_trigger"): OF_ALL,
     ("rab", "ranks_the_planted_above_the_twin"): LEARNED,
     ("rab", "names_the_target"): LEARNED,
     ("rab", "finds_stamped_pictures"): LEARNED,

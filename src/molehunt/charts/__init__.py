@@ -7,7 +7,7 @@ there is no chart.
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from molehunt.charts.detection import brain_stimulation, neural_cleanse, spectral_signatures, strip
+from molehunt.charts.detection import brain_stimulation, neural_cleanse, pair_inversion, spectral_signatures, strip
 from molehunt.charts.meta import mntd, rab
 from molehunt.charts.removals import fine_pruning, neuron_pruning, pruning_detection
 from molehunt.charts.transplants import sentinet
@@ -64,6 +64,11 @@ CHARTS: dict[str, Chart] = {
     "neural_cleanse": Chart(
         neural_cleanse,
         "Size of the smallest mask that sends images to each class. A backdoor needs an abnormally small one.",
+    ),
+    "pair_inversion": Chart(
+        pair_inversion,
+        "How much smaller than usual the patch is that sends pictures of one class to another, less what the way back "
+        "is. A backdoor of some classes alone leads one way.",
     ),
     "sentinet": Chart(
         sentinet,

@@ -14,6 +14,7 @@ from molehunt.legible import legible
 
 BINS = 40  # of a histogram
 MOST = 43  # bars or lines, one a class, that can still be told apart
+WAYS = 8  # pairs of classes whose names fit below their bars
 NAMED = 12  # classes whose names fit below their bars, if they are short
 
 
@@ -195,6 +196,36 @@ def bars(axes: Axes, heights: Sequence[float], marked: int | None, label: str) -
     axes.bar(range(len(rest)), rest, 0.8, color=REST, edgecolor=INK, linewidth=0.8, label="other classes")
     if marked is not None:
         axes.bar([marked], [heights[marked]], 0.8, color=SAID, edgecolor=INK, linewidth=0.8, label=label)
+
+
+def pair_inversion(finding: Finding, classes: tuple[str, ...]) -> Picture | None:
+    """Bars of the pairs of classes whose way is shortest, with the reported one marked."""
+    excess = matrix(finding.details.get("excess"))
+    if len(excess) < 2 or any(len(row) != len(excess) for row in excess):
+        return None
+    ways = sorted(
+        ((value, s, t) for s, row in enumerate(excess) for t, value in enumerate(row) if s != t), reverse=True
+    )
+    shown = ways[:WAYS]
+    reported = None if finding.target is None else 0
+
+    def draw(axes: Axes) -> None:
+        label = (
+            ""
+            if reported is None
+            else f"reported: {label_of(shown[0][1], classes)} to {label_of(shown[0][2], classes)}"
+        )
+        bars(axes, [value for value, _, _ in shown], reported, label)
+        axes.set_xticks(range(len(shown)), [f"{s} to {t}" for _, s, t in shown])
+        axes.set_xlabel("numbers of the classes, source to target")
+        axes.set_ylabel("excess, log of L1 norm")
+
+    (first, source, target), (second, *_) = shown[:2]
+    alt = (
+        f"Pair inversion, by how much the patch of each of {len(ways)} pairs of classes is smaller than usual: largest "
+        f"{amount(first)} from {name_of(source, classes)} to {name_of(target, classes)}, next {amount(second)}"
+    )
+    return chart(draw, alt + ("; no pair is reported" if reported is None else "; the first is reported"))
 
 
 def name_bars(axes: Axes, shown: Sequence[int], classes: Sequence[str]) -> None:

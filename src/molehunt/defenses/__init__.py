@@ -10,6 +10,7 @@ from molehunt.defenses.gradient_shaping import GradientShaping
 from molehunt.defenses.mntd import MNTD
 from molehunt.defenses.neural_cleanse import NeuralCleanse
 from molehunt.defenses.neuron_pruning import NeuronPruning
+from molehunt.defenses.pair_inversion import PairInversion
 from molehunt.defenses.pruning_detection import PruningDetection
 from molehunt.defenses.rab import RAB
 from molehunt.defenses.sentinet import SentiNet
@@ -27,6 +28,7 @@ DEFENSES: dict[str, type[Defense]] = {
     "mntd": MNTD,
     "neural_cleanse": NeuralCleanse,
     "neuron_pruning": NeuronPruning,
+    "pair_inversion": PairInversion,
     "pruning_detection": PruningDetection,
     "rab": RAB,
     "sentinet": SentiNet,
@@ -81,6 +83,7 @@ __all__ = [
     "GradientShaping",
     "NeuralCleanse",
     "NeuronPruning",
+    "PairInversion",
     "PruningDetection",
     "SentiNet",
     "SpectralSignatures",

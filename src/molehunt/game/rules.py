@@ -13,6 +13,7 @@ BOARDS: tuple[Board, ...] = get_args(Board)
 ORDER = (
     "abs",
     "neural_cleanse",
+    "pair_inversion",
     "pruning_detection",
     "spectral_signatures",
     "mntd",

@@ -21,9 +21,10 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
     (`findings.save`) keeps the rest. Texts are as they came, not made legible: a program reads them.
 
     Returns:
-        `answer` ("found", "clear" or "unsure"), `p`, `q` by class, `target` (number and name) and `trigger` (or null),
-        `repaired`, before and after, and one entry per defense with its outcome ("finding", "abstention", "failure"),
-        p-value and cost. `details` are those of the verdict (`Verdict.details`).
+        `answer` ("found", "clear" or "unsure"), `p`, `q` by class, `target` (number and name), `sources` (the same, or
+        null for all classes) and `trigger` (or null), `repaired`, before and after, and one entry per defense with its
+        outcome ("finding", "abstention", "failure"), p-value and cost. `details` are those of the verdict
+        (`Verdict.details`).
     """
     verdict = report.verdict
     return {
@@ -39,6 +40,7 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
         "classes": list(report.classes),
         "q": [float(v) for v in verdict.q],
         "target": None if verdict.target is None else _class(verdict.target, report.classes),
+        "sources": None if verdict.sources is None else [_class(k, report.classes) for k in verdict.sources],
         "trigger": None if verdict.trigger is None else _trigger(verdict.trigger),
         "repaired": verdict.repaired is not None,
         "accuracy": _change(report.accuracy),
@@ -102,6 +104,7 @@ def _outcome(outcome: Outcome, p_value: float | None, classes: tuple[str, ...]) 
                 "p_value": p_value,
                 "class_scores": _numbers(outcome.class_scores),
                 "target": None if outcome.target is None else _class(outcome.target, classes),
+                "sources": None if outcome.sources is None else [_class(k, classes) for k in outcome.sources],
                 "trigger": None if outcome.trigger is None else _trigger(outcome.trigger),
                 "repaired": outcome.repaired is not None,
                 "cost": _cost(outcome.cost),

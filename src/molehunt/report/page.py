@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molehunt import figures
 from molehunt.charts import CHARTS, chart_of
+from molehunt.charts.odds import waterfall
 from molehunt.figures import Picture
 from molehunt.findings import Abstention, Cost, Failure, Finding, Verdict
 from molehunt.report import words
@@ -76,6 +77,7 @@ def _environment() -> Environment:
         "sentence": words.sentence,
         "outcomes": _outcomes,
         "seen": _seen,
+        "waterfall": waterfall,
         "remarks": words.remarks,
     }
     environment.filters |= {

@@ -63,9 +63,12 @@ def sentence(verdict: Verdict, classes: tuple[str, ...], found_at: float, clear_
         case "found":
             best = int(verdict.q.argmax())
             name = legible(classes[best], 40)
+            way = ""
+            if verdict.sources and verdict.target == best:
+                way = f", from pictures of {' or '.join(f'“{legible(classes[k], 40)}”' for k in verdict.sources)}"
             return (
                 f"Something is very probably hidden in this model ({chance}). "
-                f"The likeliest target is “{name}” ({share(float(verdict.q[best]))})."
+                f"The likeliest target is “{name}” ({share(float(verdict.q[best]))}){way}."
             )
 
 
