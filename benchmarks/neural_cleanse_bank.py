@@ -47,9 +47,9 @@ PAGE, HEADING = PAGES / "neural_cleanse.md", "Patches of the bank"
 HOW = """\
 Patches of at most 4x4 pixels that pass the gates, default settings. *AUC*: with 95 % of bootstrap draws. *Detected*:
 score above 95 % of the clean models'. *Target named*: of those detected. *IoU*: of the mask over a half with the true
-patch, where the target is named, median with smallest and largest. TaCT's patch works on one class alone. `python
-benchmarks/neural_cleanse_bank.py run --task TASK --network NETWORK --partition PARTITION` makes a row per model,
-`collect` this section."""
+patch, where the target is named, median with smallest and largest; *at best shift*, as a network that pools globally
+takes a patch anywhere. TaCT's works on one class alone. `python benchmarks/neural_cleanse_bank.py run --task TASK
+--network NETWORK --partition PARTITION` makes a row per model, `collect` this section."""
 SIDE = 4  # largest side of a patch, in pixels
 IMAGES = 2_000  # hidden images on which a recovered patch is tried
 HOLDS = 0.5  # overlap from which a mask counts as that of the trigger
@@ -186,9 +186,9 @@ def table() -> str:
         area = f"{found['auc']:.3f} ({low:.3f} to {high:.3f})"
         cells = [task, f"`{network}`", partition, family, str(found["clean"]), str(found["patches"]), area]
         cells += [f"{found['detected']} of {found['patches']}", f"{found['named']} of {found['detected']}"]
-        iou = found["iou"]
-        cells += [f"{statistics.median(iou):.2f} ({span(iou, 2)})" if iou else ""]
-        cells += [f"{sum(one >= HOLDS for one in iou)} of {len(iou)}"]
+        iou, moved = (found[name] for name in ("iou", "iou_anywhere"))
+        middle, best = (f"{statistics.median(v):.2f} ({span(v, 2)})" if v else "" for v in (iou, moved))
+        cells += [middle, f"{sum(one >= HOLDS for one in iou)} of {len(iou)}", best]
         lines.append(f"| {' | '.join(cells)} |")
     head = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     return written(["\n".join([*head, *lines])] if lines else [], HOW)

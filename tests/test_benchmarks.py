@@ -256,7 +256,7 @@ def test_neural_cleanse_on_the_bank_counts_masks_where_the_target_is_named_and_n
     assert found["auc"] == pytest.approx((3 + 5.5 / 20) / 4)
     assert found["iou"] == [0.6, 0.4]
     assert "| 20 | 4 | 0.819 (" in script.table()
-    assert "| 3 of 4 | 2 of 3 | 0.50 (0.40 to 0.60) | 1 of 2 |" in script.table()
+    assert "| 3 of 4 | 2 of 3 | 0.50 (0.40 to 0.60) | 1 of 2 | 0.70 (0.70) |" in script.table()
     figures = script.figures_of(place, found)
     named = "Neural Cleanse, mnist, badnets_cnn, evaluate, badnets of the bank"
     assert figures[f"{named}, right target among detections"].value == pytest.approx(2 / 3)
@@ -265,7 +265,7 @@ def test_neural_cleanse_on_the_bank_counts_masks_where_the_target_is_named_and_n
     monkeypatch.setattr(script, "rows", lambda name: bank_rows(settings, guess=9))
     ((place, found),) = script.answers().items()
     assert f"{named}, IoU of the recovered patch" not in script.figures_of(place, found)
-    assert "| 0 of 3 |  | 0 of 0 |" in script.table()
+    assert "| 0 of 3 |  | 0 of 0 |  |" in script.table()
 
 
 def test_only_small_patches_of_the_bank_and_its_clean_models_are_searched(load: Load) -> None:
