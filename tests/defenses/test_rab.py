@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from molehunt.attacks import BadNets
 from molehunt.defenses import _ensemble, rab
 from molehunt.defenses._ensemble import answers, noise, parts, seed_of
 from molehunt.defenses.rab import RAB
@@ -17,7 +18,9 @@ from molehunt.engine import Run
 from molehunt.findings import Finding
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images
-from molehunt.testing import DEFENSE_CHECKS, Trial, planted
+from molehunt.testing import DEFENSE_CHECKS, Trial, auc, planted
+from molehunt.training import Recipe, train
+from molehunt.triggers import Additive
 
 from . import tiny
 
@@ -226,6 +229,34 @@ def test_an_honest_set_is_learned_certified_and_not_suspected() -> None:
     again.load_state_dict(dict(found.repaired))
     hidden = tiny.pictures(200, 11)
     assert float((again.eval()(hidden.x).argmax(1) == hidden.y).double().mean()) >= 0.9
+
+
+def learned(training: Images, seed: int) -> Suspect:
+    """A network that was trained on a set, handed over with it."""
+    model = tiny.network(seed)
+    model.requires_grad_(True)
+    recipe = Recipe(epochs=12, batch=50, lr=0.05, warmup=0.1, precision="float32")
+    train(model, training, recipe, rng=rng(seed))
+    return Suspect.of(model, tiny.task(), training=training, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_a_set_whose_trigger_the_noise_drowns_scores_above_the_clean_one_and_names_its_target(seed: int) -> None:
+    # 0.07 on every pixel: a norm of 0.7, which a network without noise learns, and noise of 0.2 hides.
+    signs = 2.0 * torch.randint(0, 2, tiny.SHAPE, generator=rng(seed)) - 1.0
+    clean = tiny.pictures(400, 50 + seed)
+    poisoned = BadNets(target=0, poison_rate=0.08, trigger=Additive(0.07 * signs))(clean, tiny.task(), rng(seed))
+    altered = poisoned.altered
+    defense = RAB(members=6, steps=50, batch=40, size=0.2, distill=False)
+    honest, caught = (run(defense, learned(images, seed)) for images in (clean, poisoned.stamped()))
+    assert honest.score is not None
+    assert caught.score is not None
+    assert honest.score <= 0.05
+    assert caught.score >= honest.score + 0.1
+    assert caught.class_scores is not None
+    assert int(caught.class_scores.argmax()) == 0
+    assert caught.sample_scores is not None
+    assert auc(caught.sample_scores, altered) >= 0.9
 
 
 def test_mislabeled_samples_have_the_votes_against_them() -> None:
