@@ -20,11 +20,11 @@ import torch
 from molehunt import calibration
 from molehunt.attacks import BadNets
 from molehunt.calibration import statistic
-from molehunt.fusion import fuse
 from molehunt.defenses import STRIP, Defense, NeuralCleanse
 from molehunt.examination import divide, examine
 from molehunt.figures import reliability_chart
 from molehunt.findings import Finding, Outcome
+from molehunt.fusion import fuse
 from molehunt.networks import build
 from molehunt.null_check import DIFFERENT, null_check
 from molehunt.reliability import holding as reliable
