@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import molehunt.scan
+import molehunt.scanning
 from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
 from molehunt import calibration, combine, confinement, defenses, meta_files, plugins
@@ -94,7 +94,7 @@ SILENT = (
 def test_the_answer_is_the_exit_code(
     p: float, options: tuple[str, ...], code: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(p, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(p, SPOKE))
     assert scanning(model, *options) == code
 
 
@@ -102,7 +102,7 @@ def test_the_answer_is_the_exit_code(
 def test_if_no_defense_had_an_opinion_it_could_not_tell(
     p: float, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(p, *SILENT))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(p, *SILENT))
     assert scanning(model) == 2
     assert "Could not tell" in capsys.readouterr().out
 
@@ -114,7 +114,7 @@ def test_repairs_have_the_budget_of_a_final(model: Path, monkeypatch: pytest.Mon
         asked.update(settings["defenses"])
         return answers(0.1, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", look)
+    monkeypatch.setattr(molehunt.scanning, "scan", look)
     assert scanning(model) == 0
     budgets = get_round("final").repairs
     assert budgets
@@ -260,12 +260,12 @@ def test_an_answer_that_could_not_be_written_is_no_answer(
         target.parent.rmdir()
         return answers(0.01, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", answer)
+    monkeypatch.setattr(molehunt.scanning, "scan", answer)
     assert scanning(model, "--json", str(target)) == 3
 
 
 def test_json_has_the_output_for_itself(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(0.9, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.9, SPOKE))
     assert scanning(model, "--json", "-") == 1
     said = capsys.readouterr()
     document = json.loads(said.out)
@@ -277,7 +277,7 @@ def test_json_has_the_output_for_itself(model: Path, monkeypatch: pytest.MonkeyP
 def test_the_name_of_a_file_is_only_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
     path = tmp_path / "[red]\x1b[31m\u202e<script>.safetensors"
     path.write_bytes(honest.weights())
-    monkeypatch.setattr(molehunt.scan, "scan", answers(0.1, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.1, SPOKE))
     assert scanning(path, "--html", str(tmp_path / "a.html")) == 0
     said = capsys.readouterr().out
     assert "[red]<U+001B>[31m<U+202E><script>.safetensors" in said
@@ -305,7 +305,7 @@ def asked_with(path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> di
         seen.update(settings)
         return answer(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", look)
+    monkeypatch.setattr(molehunt.scanning, "scan", look)
     assert scanning(path, *options) == 0
     return seen
 
@@ -334,7 +334,7 @@ def test_the_manifest_names_the_recipe_and_bare_weights_do_not(
         asked.append(settings["recipe"])
         return answers(0.5, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", note)
+    monkeypatch.setattr(molehunt.scanning, "scan", note)
     assert scanning(model) == 2
     assert main(["scan", str(mine), "--task", TASK.name]) == 2
     assert asked == [None, "badnets_cnn"]
