@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from molehunt import calibration, meta_files, runner
-from molehunt.defenses import DEFENSES, Defense, available
+from molehunt import calibration, defenses, meta_files, runner
+from molehunt.defenses import DEFENSES, Defense
 from molehunt.findings import Outcome
 from molehunt.foreign import Opened, Wanted, adapted, advice, opened, pixels
 from molehunt.foreign.files import is_foreign
@@ -35,7 +35,7 @@ def scan(
     normalize: str | tuple[Sequence[float], Sequence[float]] | None = None,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
-    defenses: Mapping[str, Defense] | Sequence[str] | None = None,
+    ask: Mapping[str, Defense] | Sequence[str] | None = None,
     seed: int = 0,
     seconds: float = 600,
     device: str | None = None,
@@ -60,7 +60,7 @@ def scan(
             pixels in [0, 1].
         size: height and width that the module takes, where they are not those of the pictures.
         channels: channels that it takes, 1 or 3, where they are not those of the pictures.
-        defenses: whom to ask, by name or with settings of your own. None asks all, with the budget of a final.
+        ask: whom to ask, defenses by name, or with settings of your own. None asks all, with the budget of a final.
         seed: draws what the defenses draw.
         seconds: time limit for one defense.
         device: where to work; a GPU when there is one, else the CPU.
@@ -79,7 +79,7 @@ def scan(
     found = _opened(model, problem, network, normalize, size, channels)
     if found.pixels is not None:
         notes += advice(found.model, problem, images, found.pixels)
-    chosen = _defenses(defenses)
+    chosen = _chosen(ask)
     report = scan_with(
         found.model,
         problem,
@@ -124,7 +124,7 @@ def final_defenses() -> dict[str, Defense]:
     Raises:
         ValueError: an installed package brings one that cannot be loaded.
     """
-    kinds = available()
+    kinds = defenses.available()
     made: dict[str, Defense] = {name: kind() for name, kind in kinds.items()}
     return made | get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
 
@@ -197,7 +197,7 @@ def _task_of(x: Tensor, y: Tensor, classes: Sequence[str] | None) -> Task:
     )
 
 
-def _defenses(wanted: Mapping[str, Defense] | Sequence[str] | None) -> dict[str, Defense]:
+def _chosen(wanted: Mapping[str, Defense] | Sequence[str] | None) -> dict[str, Defense]:
     if isinstance(wanted, Mapping):
         return dict(wanted)
     known = final_defenses()

@@ -1,5 +1,7 @@
 """Networks in the spelling of others, written for these tests: the oracle of every dialect."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ def stages(block: type[Block] | type[PreBlock], projection: str) -> list[nn.Sequ
     widths = (64, 64, 128, 256, 512)
     return [
         nn.Sequential(block(a, b, 1 if a == b else 2, projection), block(b, b, 1, projection))
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in pairwise(widths)
     ]
 
 

@@ -120,9 +120,7 @@ def whole_input(whole: Adapted) -> Tensor:
         (lambda layer, x: layer(torch.dropout(x.flatten(1), 0.5, train=True)), "differently each time"),
     ],
 )
-def test_what_no_defense_could_work_with_is_refused(
-    forward: Callable[[nn.Linear, Tensor], object], says: str
-) -> None:
+def test_what_no_defense_could_work_with_is_refused(forward: Callable[[nn.Linear, Tensor], object], says: str) -> None:
     with pytest.raises(ForeignError, match=says):
         adapted(Calling(forward), TASK, name="mine")
 

@@ -33,7 +33,9 @@ def same(loaded: naming.Loaded, theirs: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.module.", "backbone."])
 def test_known_spellings_are_recognized_and_compute_the_same(theirs: type[nn.Module], wrapped: str) -> None:
     model = shaken(theirs())
-    loaded = naming.load({wrapped + k: v for k, v in model.state_dict().items() if v.is_floating_point()}, None, COLOR, 10)
+    loaded = naming.load(
+        {wrapped + k: v for k, v in model.state_dict().items() if v.is_floating_point()}, None, COLOR, 10
+    )
     same(loaded, model, pictures())
     assert "named like those of" in loaded.notes[0]
     assert not loaded.carried
@@ -51,16 +53,16 @@ def floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def test_names_that_do_not_say_whether_there_is_a_pool_are_believed_only_when_the_user_says_so() -> None:
     model = shaken(ResNet18(projection="downsample", head="fc"))
     state = floats(model.state_dict())
-    with pytest.raises(ForeignError, match="do not say which layers without weights .* say --network resnet18"):
+    with pytest.raises(ForeignError, match=r"do not say which layers without weights .* say --network resnet18"):
         naming.load(state, None, COLOR, 10)
     same(naming.load(state, "resnet18", COLOR, 10), model, pictures())
 
 
 def test_a_larger_network_of_a_known_spelling_is_named() -> None:
     state = floats(ResNet18().state_dict())
-    with pytest.raises(ForeignError, match="resnet18 has no 'layer1.2.conv1.weight'; if it is a larger network"):
+    with pytest.raises(ForeignError, match=r"resnet18 has no 'layer1\.2\.conv1\.weight'; if it is a larger network"):
         naming.load({**state, "layer1.2.conv1.weight": torch.ones(64, 64, 3, 3)}, None, COLOR, 10)
-    with pytest.raises(ForeignError, match="missing 'trunk.10.residual.0.weight'"):
+    with pytest.raises(ForeignError, match=r"missing 'trunk.10.residual.0\.weight'"):
         naming.load({k: v for k, v in state.items() if k != "layer4.1.conv1.weight"}, None, COLOR, 10)
 
 
@@ -84,7 +86,7 @@ def test_shapes_decide_where_each_fits_one_place_and_the_user_names_the_network(
     loaded = naming.load(model.state_dict(), "badnets_cnn", GRAY, 10)
     same(loaded, model, pictures(GRAY))
     assert "shapes decided" in loaded.notes[0]
-    with pytest.raises(ForeignError, match="no listed network .* FILE.py:CALLABLE"):
+    with pytest.raises(ForeignError, match=r"no listed network .* FILE\.py:CALLABLE"):
         naming.load(model.state_dict(), None, GRAY, 10)
     twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).state_dict()
     with pytest.raises(ForeignError, match="missing"):
@@ -93,7 +95,7 @@ def test_shapes_decide_where_each_fits_one_place_and_the_user_names_the_network(
 
 def test_what_is_left_over_or_has_another_shape_is_named() -> None:
     state = floats(build("lenet5", GRAY, 10).state_dict())
-    with pytest.raises(ForeignError, match="left over: 'ema.weight'; this network has no such tensors"):
+    with pytest.raises(ForeignError, match=r"left over: 'ema\.weight'; this network has no such tensors"):
         naming.load({**state, "ema.weight": torch.ones(2)}, "lenet5", GRAY, 10)
     with pytest.raises(ForeignError, match=r"'head.weight' has shape \(10, 84\), the network needs \(7, 84\)"):
         naming.load(state, "lenet5", GRAY, 7)
@@ -119,9 +121,9 @@ def test_a_class_of_the_users_own_is_filled_whatever_stands_in_front_of_the_name
         assert torch.equal(filled.state_dict()["model.1.weight"], source.state_dict()["model.1.weight"])
     with pytest.raises(ForeignError, match="left over: 'odd'; the network of your file"):
         naming.load_into(target, {**bare, "odd": torch.ones(1)})
-    with pytest.raises(ForeignError, match="missing 'model.1.bias'"):
+    with pytest.raises(ForeignError, match=r"missing 'model.1\.bias'"):
         naming.load_into(target, {k: v for k, v in bare.items() if k != "1.bias"})
-    with pytest.raises(ForeignError, match="'model.1.bias' has shape"):
+    with pytest.raises(ForeignError, match=r"'model.1\.bias' has shape"):
         naming.load_into(target, {**bare, "1.bias": torch.ones(3)})
 
 
@@ -134,5 +136,5 @@ def test_a_model_of_timm_in_timms_own_names(name: str) -> None:
     theirs = shaken(timm.create_model(name, num_classes=5, **settings))
     loaded = naming.load(floats(theirs.state_dict()), f"timm:{name}", (3, 32, 32), 5)
     same(loaded, theirs, pictures((3, 32, 32)))
-    with pytest.raises(ForeignError, match="left over: 'odd.weight'"):
+    with pytest.raises(ForeignError, match=r"left over: 'odd\.weight'"):
         naming.load({**floats(theirs.state_dict()), "odd.weight": torch.ones(1)}, f"timm:{name}", (3, 32, 32), 5)

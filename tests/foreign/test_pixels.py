@@ -35,7 +35,9 @@ def test_the_tasks_own_and_two_sequences() -> None:
     assert pixels(own.name, CIFAR) == own, "what the report calls it can be typed"
 
 
-@pytest.mark.parametrize("text", ["nope", "0.5", "0.5/0.5/0.5", "0.5/0", "0.5/-1", "nan/1", "1/inf", "/", "a/b", "bytes:"])
+@pytest.mark.parametrize(
+    "text", ["nope", "0.5", "0.5/0.5/0.5", "0.5/0", "0.5/-1", "nan/1", "1/inf", "/", "a/b", "bytes:"]
+)
 def test_what_is_no_normalization_is_refused(text: str) -> None:
     with pytest.raises(ForeignError, match="expected"):
         pixels(text, CIFAR)

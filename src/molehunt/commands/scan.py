@@ -116,6 +116,8 @@ def scan(
     input that is refused.
     """
     _check_usage(path, task, clean, found_at, clear_at)
+    if channels == 2:
+        raise InputError("--channels is 1 or 3: gray or color")
     to_output = json_ == STANDARD_OUTPUT
     check_target(None if to_output else json_)
     check_target(html)
