@@ -5,9 +5,12 @@ import json
 import socket
 import subprocess
 import sys
+from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ from torch import nn
 
 from game.tricks import Trick, parameters, torch_files
 from molehunt import checkpoints, conversion
-from molehunt.conversion import convert
+from molehunt.conversion import convert, tensors
 from molehunt.tensor_file import CheckpointError, Limits
 from molehunt.torch_file import child
 
@@ -60,6 +63,31 @@ def test_takes_off_wrappers_and_prefixes_and_drops_counters(tmp_path: Path) -> N
     assert (done.unwrapped, done.stripped, done.dropped) == (("state_dict",), ("module.",), ("1.num_batches_tracked",))
     found = checkpoints.read_safetensors(tmp_path / "out.safetensors", checkpoints.Layout.of(model))
     assert torch.equal(found["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_what_a_training_script_saves_beside_the_weights_is_passed_over(tmp_path: Path) -> None:
+    """Settings, histories and optimizers; short plain values are told, for they may name the network."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "net": {f"_orig_mod.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "args": Namespace(lr=0.1, out=None, device=torch.device("cpu"), seen={"train"}),
+        "loss": np.ones(3),
+        "best": np.float64(0.9),
+        "best_acc": torch.tensor(0.9),
+        "history": defaultdict(list, train=[0.5, 0.4]),
+        "arch": "resnet18",
+        "num_classes": 2,
+        "img_size": (32, 32, 3),
+        "diary": "x" * 1000,
+    }
+    state, done = tensors(write(tmp_path, torch_files.saved(checkpoint)))
+    assert (done.unwrapped, done.stripped, done.dropped) == (("net",), ("_orig_mod.",), ())
+    assert done.beside == {"arch": "resnet18", "num_classes": 2, "img_size": [32, 32, 3]}
+    assert torch.equal(state["weight"], model.weight)
 
 
 @pytest.mark.parametrize("name", ["program_in_the_pickle", "deep_key", "compressed_bomb", "text_file"])
@@ -160,7 +188,7 @@ def test_damaged_files_get_an_answer(flips: list[tuple[int, int]]) -> None:
     content = bytearray(FILE)
     for place, bits in flips:
         content[place] ^= bits
-    assert ask(bytes(content)).keys() in ({"error"}, {"dropped", "unwrapped", "stripped"})
+    assert ask(bytes(content)).keys() in ({"error"}, {"dropped", "unwrapped", "stripped", "beside"})
 
 
 @settings(max_examples=300, deadline=None)
@@ -170,4 +198,4 @@ def test_damaged_programs_get_an_answer(changes: list[tuple[int, int]]) -> None:
     for place, value in changes:
         changed[place] = value
     content = torch_files.zipped({**torch_files.members(FILE), "archive/data.pkl": bytes(changed)})
-    assert ask(content).keys() in ({"error"}, {"dropped", "unwrapped", "stripped"})
+    assert ask(content).keys() in ({"error"}, {"dropped", "unwrapped", "stripped", "beside"})

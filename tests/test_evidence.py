@@ -10,8 +10,9 @@ from torch import nn
 
 from molehunt.evidence import Store, assemble, describe, digests
 from molehunt.findings import Candidate
+from molehunt.foreign import adapted, pixels
 from molehunt.metas import Meta, Settings, digest
-from molehunt.networks import build
+from molehunt.networks import Adapted, build
 from molehunt.suspect import Access, Suspect
 from molehunt.tasks import Images, Task
 from molehunt.testing import planted
@@ -67,6 +68,17 @@ def test_comes_back_equal(suspect: Suspect, tmp_path: Path) -> None:
     for mine, yours in zip(again.candidates, suspect.candidates, strict=True):
         assert (mine.target, mine.defense) == (yours.target, yours.defense)
         assert torch.equal(mine.trigger(suspect.inputs), yours.trigger(suspect.inputs))
+
+
+def test_a_network_behind_layers_for_other_pictures_is_data_too(tmp_path: Path) -> None:
+    inner = build("wrn_16_1", (3, 20, 20), 2, rng=torch.Generator().manual_seed(0))
+    whole, _ = adapted(inner, TASK, name="stranger", pixels=pixels("signed", TASK), size=(20, 20), channels=3)
+    suspect = Suspect.of(whole, TASK, dtype=torch.float32)
+    again = assemble(json.loads(json.dumps(describe(suspect, Store(tmp_path)))), Store(tmp_path))
+    x = torch.rand(2, *TASK.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again.logits(x), suspect.logits(x))
+    assert isinstance(again.model, Adapted)
+    assert again.model.name == "stranger"
 
 
 def test_what_was_not_granted_stays_absent(suspect: Suspect, tmp_path: Path) -> None:

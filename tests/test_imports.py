@@ -10,15 +10,15 @@ import molehunt
 
 GROUPS: tuple[str, ...] = (
     "datasets tasks triggers findings details strict_json files legible plugins tensor_file confinement",
-    "networks metas meta_files meta_training zoo checkpoints conversion torch_file suspect evidence",
+    "networks metas meta_files meta_training zoo checkpoints conversion torch_file foreign suspect evidence",
     "engine",
     "training",
     "attacks defenses",
     "runner shadows meter untouched isolation aftermath zygote examination "
     "conformal calibration repair stacking fusion combine asking reliability power null_check "
-    "testing figures charts report scan",
+    "testing figures charts report scanning",
     "game",
-    "bank starter matrix matrix_tables",
+    "bank starter matrix matrix_tables inspection",
     "web client commands cli __main__",
 )
 PLACE = {module: place for place, group in enumerate(GROUPS) for module in group.split()}

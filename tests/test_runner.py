@@ -113,6 +113,13 @@ class TestAbstention:
         suspect = Suspect.of(model, TASK, inputs=pictures(3).x)
         assert isinstance(runner.inspect(Alternatives(), suspect, seed=0), Finding)
 
+    @pytest.mark.parametrize("name", ["abs", "fine_pruning"])
+    def test_a_model_without_the_part_that_is_looked_at_is_no_failure(self, name: str) -> None:
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.ReLU(), nn.Linear(8, 4))
+        outcome = runner.inspect(DEFENSES[name](), Suspect.of(flat, TASK, clean=pictures(60)), seed=0)
+        assert isinstance(outcome, Abstention)
+        assert "runs no nn.Conv2d" in outcome.reason
+
 
 class TestSeed:
     def score(self, suspect: Suspect, name: str, seed: int) -> float | None:

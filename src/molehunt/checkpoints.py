@@ -30,6 +30,7 @@ from molehunt.strict_json import show
 from molehunt.tensor_file import LIMITS, CheckpointError, Limits, encode, read_entry, read_header
 
 TINY = torch.finfo(torch.float32).tiny
+INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U8", "BOOL"})
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def read_safetensors(
     source: Path | bytes | BinaryIO,
     layout: Layout | None,
     *,
+    counters: bool = False,
     limits: Limits = LIMITS,
 ) -> dict[str, Tensor]:
     """Read a file of weights and return them in canonical form.
@@ -93,6 +95,7 @@ def read_safetensors(
         source: a file, its bytes, or a seekable stream whose whole content is the file.
         layout: what the architecture needs; None accepts any float32 tensors (for triggers, which have a schema of
             their own).
+        counters: leave integer tensors out where there is no layout, in place of refusing them.
         limits: what to refuse unread.
 
     Returns:
@@ -109,7 +112,7 @@ def read_safetensors(
         return {
             name: _canonical_tensor(name, read_entry(stream, begin, name, entry))
             for name, entry in sorted(entries.items())
-            if layout is None or name in layout.shapes
+            if (name in layout.shapes if layout is not None else not counters or entry.dtype not in INTEGERS)
         }
 
 

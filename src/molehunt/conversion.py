@@ -1,8 +1,8 @@
 """Turning ``.pt`` and ``.pth`` files into safetensors, in a process of its own.
 
-Only `molehunt convert` does this; everywhere else a ``.pt`` file is refused. The child neither unpickles the file nor
-imports torch, has no network, and may use so much memory, time and disk. What it writes is then read here like any
-other stranger's file.
+Only `molehunt convert` and `molehunt scan` do this, for a file of the user's own choice; a host refuses ``.pt`` files.
+The child neither unpickles the file nor imports torch, has no network, and may use so much memory, time and disk. What
+it writes is then read here like any other stranger's file.
 """
 
 import json
@@ -10,8 +10,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from molehunt import checkpoints, strict_json
 from molehunt.files import open_regular, write_atomically
@@ -38,12 +42,15 @@ class Conversion:
         dropped: those that were left out because they hold integers, such as counters (the first 100).
         unwrapped: the keys under which the weights lay, such as ``state_dict``.
         stripped: what was taken off the front of every name, such as ``module.``.
+        beside: short texts and whole numbers that were saved beside the weights, such as ``num_classes``. They are a
+            stranger's words.
     """
 
     names: tuple[str, ...]
     dropped: tuple[str, ...]
     unwrapped: tuple[str, ...]
     stripped: tuple[str, ...]
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
 
 def convert(source: Path, target: Path, *, limits: Limits = LIMITS) -> Conversion:
@@ -61,6 +68,24 @@ def convert(source: Path, target: Path, *, limits: Limits = LIMITS) -> Conversio
         What was done.
 
     Raises:
+        CheckpointError: as in `tensors`.
+    """
+    state, done = tensors(source, limits=limits)
+    write_atomically(target, encode(state))
+    return done
+
+
+def tensors(source: Path, *, limits: Limits = LIMITS) -> tuple[dict[str, Tensor], Conversion]:
+    """Read a plain dictionary of tensors from a ``.pt`` file, in canonical form.
+
+    Args:
+        source: as in `convert`.
+        limits: what to refuse; also limits the result.
+
+    Returns:
+        The tensors by name, and what was done.
+
+    Raises:
         CheckpointError: it is anything else, lies about sizes, or needs more memory, time or disk than is allowed.
     """
     with (
@@ -75,8 +100,8 @@ def convert(source: Path, target: Path, *, limits: Limits = LIMITS) -> Conversio
         report = _report(answer.read(REPORT), status)
         result.seek(0)
         state = checkpoints.read_safetensors(result, None, limits=limits)
-    write_atomically(target, encode(state))
-    return Conversion(names=tuple(state), **{key: tuple(report[key]) for key in ("dropped", "unwrapped", "stripped")})
+    lists = {key: tuple(report[key]) for key in ("dropped", "unwrapped", "stripped")}
+    return state, Conversion(names=tuple(state), **lists, beside=report["beside"])
 
 
 def _run(source: int, result: int, answer: int, limits: Limits) -> int:
@@ -113,12 +138,12 @@ def _run(source: int, result: int, answer: int, limits: Limits) -> int:
         child.wait()
 
 
-def _report(answer: bytes, status: int) -> dict[str, list[str]]:
+def _report(answer: bytes, status: int) -> dict[str, Any]:
     try:
         report = strict_json.loads(answer, limit=REPORT, depth=3)
     except strict_json.JSONError:
         raise CheckpointError(f"the process that converts it ended with status {status} and no answer") from None
     if "error" in report:
         raise CheckpointError(f"not converted: {report['error']}")
-    found: dict[str, list[str]] = report
+    found: dict[str, Any] = report
     return found

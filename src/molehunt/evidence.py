@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from molehunt import triggers
 from molehunt.findings import Candidate
 from molehunt.metas import Meta
-from molehunt.networks import NETWORKS, Network, build
+from molehunt.networks import NETWORKS, Adapted, Network, Normalize, build
 from molehunt.suspect import Suspect
 from molehunt.tasks import Images, Task
 
@@ -155,15 +155,46 @@ def _assemble(document: Json, store: Store) -> Candidate:
     return Candidate(trigger=trigger, target=document["target"], defense=document["defense"])
 
 
+def unportable(model: nn.Module) -> str | None:
+    """Say why a model cannot be handed on as data; None if it can."""
+    inner = model.model if isinstance(model, Adapted) else model
+    name = inner.name if isinstance(inner, Network) else type(inner).__name__
+    if isinstance(inner, Network) and (name in NETWORKS or name.startswith("timm:")):
+        return None
+    return f"only what `build` makes can be handed on as data, got a network {name!r}"
+
+
 def _describe_model(model: nn.Module, store: Store) -> Json:
-    name = model.name if isinstance(model, Network) else type(model).__name__
-    if not isinstance(model, Network) or (name not in NETWORKS and not name.startswith("timm:")):
-        raise ValueError(f"only what `build` makes can be handed on as data, got a network {name!r}")
+    if (reason := unportable(model)) is not None:
+        raise ValueError(reason)
+    inner = model.model if isinstance(model, Adapted) else model
+    assert isinstance(inner, Network)
     weights = store.put(model.state_dict(keep_vars=True))
-    return {"network": model.name, "shape": list(model.shape), "classes": model.classes, "weights": weights}
+    document = {"network": inner.name, "shape": list(inner.shape), "classes": inner.classes, "weights": weights}
+    if isinstance(model, Adapted):
+        document["adapted"] = {
+            "name": model.name,
+            "shape": list(model.shape),
+            "size": None if model.size is None else list(model.size),
+            "channels": model.channels,
+            "probabilities": model.probabilities,
+        }
+    return document
 
 
-def _assemble_model(document: Json, store: Store) -> Network:
-    network = build(document["network"], tuple(document["shape"]), document["classes"])
-    network.load_state_dict(store.get(document["weights"]))
-    return network
+def _assemble_model(document: Json, store: Store) -> nn.Module:
+    model: nn.Module = build(document["network"], tuple(document["shape"]), document["classes"])
+    if (given := document.get("adapted")) is not None:
+        unit = torch.ones(given["channels"], 1, 1)
+        model = Adapted(
+            model,
+            name=given["name"],
+            shape=tuple(given["shape"]),
+            classes=document["classes"],
+            normalize=Normalize(torch.zeros_like(unit), unit),
+            size=None if given["size"] is None else tuple(given["size"]),
+            channels=given["channels"],
+            probabilities=given["probabilities"],
+        )
+    model.load_state_dict(store.get(document["weights"]))
+    return model

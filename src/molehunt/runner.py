@@ -27,6 +27,7 @@ from molehunt.defenses import DEFENSES, Defense
 from molehunt.engine import Cancelled, Engine, Local, OutOfTime, Run, never, silent
 from molehunt.findings import Abstention, Failure, Finding, Outcome
 from molehunt.meter import Meter
+from molehunt.networks import MissingPart
 from molehunt.suspect import Access, Suspect
 from molehunt.triggers import Trigger
 from molehunt.untouched import Untouched
@@ -72,7 +73,7 @@ def inspect(
 
     Returns:
         The finding with cost and record filled in and all tensors on the CPU; an abstention where the evidence that it
-        needs was not granted; else a failure that says what happened.
+        needs was not granted or the model lacks a part that it needs; else a failure that says what happened.
 
     Raises:
         KeyboardInterrupt: Ctrl-C stops the whole program, not one defense.
@@ -105,6 +106,8 @@ def inspect(
         if seconds is not None and late > grace(seconds):
             raise OutOfTime(f"answered {late:.1f} s after its deadline of {seconds:g} s")
         finding = check(finding, suspect)
+    except MissingPart as error:
+        outcome = Abstention(defense=name, reason=str(error))
     except (Exception, SystemExit) as error:
         outcome = failed(kind_of(error), f"{type(error).__name__}: {error}", traceback.format_exc())
     else:

@@ -131,18 +131,21 @@ def get_task(name: str) -> Task:
 
     Args:
         name: a key of `TASKS`, or "folder:PATH" for a folder with one folder of pictures per class, or
-            "folder:PATH?size=HEIGHTxWIDTH" to have its pictures resized. A folder is read here, once per process; of
-            each class a fifth becomes the test split and a tenth the validation split, by the SHA-256 of the files.
+            "folder:PATH?size=HEIGHTxWIDTH" to have its pictures resized, or "npz:PATH" for a file of arrays
+            (`datasets.read_npz`). Both are read here, once per process; of each class about a fifth becomes the test
+            split and a tenth the validation split, by the SHA-256 of the pictures.
 
     Raises:
-        ValueError: unknown name, or a folder that is no such folder.
+        ValueError: unknown name, or a folder or file that is none such.
     """
     if name in TASKS:
         return TASKS[name]
+    if name.startswith("npz:"):
+        return _npz_task(Path(name.removeprefix("npz:")).expanduser().resolve())
     if name.startswith("folder:"):
         path, size = _folder_name(name)
         return _folder_task(path.resolve(), size)
-    raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}, folder:PATH")
+    raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}, folder:PATH, npz:PATH")
 
 
 def _folder_name(name: str) -> tuple[Path, tuple[int, int] | None]:
@@ -165,7 +168,18 @@ def _folder_task(path: Path, size: tuple[int, int] | None) -> Task:
         if not counts.all():
             lacking = read.classes[int(counts.argmin())]
             raise ValueError(f"{path}: class {lacking!r} has too few different pictures, none is left for {split}")
-    x = read.arrays.x[_public(name)["train"]]
+    return _own_task(name, read, read.arrays.x[_public(name)["train"]], path)
+
+
+@functools.cache
+def _npz_task(path: Path) -> Task:
+    read = _npz(path)
+    # Over all pictures: they may be few, and no split of them has to have every class.
+    return _own_task(f"npz:{path}", read, read.arrays.x, path)
+
+
+def _own_task(name: str, read: datasets.Folder, x: NDArray[np.uint8], path: Path) -> Task:
+    """A task of the user's own pictures, whose mean and deviation are those of x."""
     levels = np.stack([np.bincount(x[:, c].ravel(), minlength=256) for c in range(x.shape[1])]) / x[:, 0].size
     scale = np.arange(256) / 255
     mean = levels @ scale
@@ -188,8 +202,20 @@ def _folder(path: Path, size: tuple[int, int] | None) -> datasets.Folder:
     return datasets.read_folder(path, size=size)
 
 
+@functools.cache
+def _npz(path: Path) -> datasets.Folder:
+    return datasets.read_npz(path)
+
+
+def _is_own(name: str) -> bool:
+    """Whether the pictures are the user's, and cut into splits as one part."""
+    return name.startswith(("folder:", "npz:"))
+
+
 def _part(name: str, split: Split) -> datasets.Arrays:
     """Return the part of the data from which a split is cut; reads no other part."""
+    if name.startswith("npz:"):
+        return _npz(Path(name.removeprefix("npz:"))).arrays
     if name.startswith("folder:"):
         return _folder(*_folder_name(name)).arrays
     parts = datasets.DATASETS[name].rows
@@ -203,15 +229,15 @@ def _public(name: str) -> dict[str, NDArray[np.int64]]:
     """Return the rows of the splits that are cut out of one part: training, validation and, where it has none, test."""
     arrays = _part(name, "train")
     count = len(arrays.y)
-    folder = name.startswith("folder:")
-    if not folder and "test" in datasets.DATASETS[name].rows:
+    own = _is_own(name)
+    if not own and "test" in datasets.DATASETS[name].rows:
         sizes: tuple[int, ...] = (count - VALIDATION, VALIDATION)
     else:
         # Rounded up: a class of datasets.folder.FEWEST pictures then has at least one in each split.
         validation, test = -(-count // 10), -(-count // 5)
         sizes = (count - validation - test, validation, test)
     # A folder is cut by its files' content alone, so that it keeps its splits when it moves.
-    rows = public_rows(arrays.y, sizes, name="folder" if folder else name, group=arrays.group)
+    rows = public_rows(arrays.y, sizes, name="folder" if own else name, group=arrays.group)
     return dict(zip(SPLITS, rows, strict=False))
 
 
@@ -219,7 +245,7 @@ def _public(name: str) -> dict[str, NDArray[np.int64]]:
 def _load(name: str, split: Split) -> Images:
     arrays = _part(name, split)
     # The official test part is the test split as it is; asking _public would read the training part.
-    whole = split == "test" and not name.startswith("folder:") and "test" in datasets.DATASETS[name].rows
+    whole = split == "test" and not _is_own(name) and "test" in datasets.DATASETS[name].rows
     rows = np.arange(len(arrays.y)) if whole else _public(name)[split]
     # Indexing copies, so that nothing below writes to a cached, read-only map of a file.
     return Images(torch.from_numpy(arrays.x[rows]).to(torch.float32).div_(255), torch.from_numpy(arrays.y[rows]))

@@ -118,6 +118,20 @@ def parts(name: str, shape: Shape, classes: int, rng: torch.Generator | None) ->
         return Parts(trunk, neck, nn.Linear(width[1], classes))
 
 
+def classifier(name: str) -> str:
+    """Return the module path of a timm model's last layer in its own state dict, such as ``fc`` or ``head.fc``.
+
+    Raises:
+        ImportError: the zoo extra is missing or broken.
+        ValueError: timm does not say.
+    """
+    configuration = load_timm().get_pretrained_cfg(name, allow_unregistered=True)
+    path = getattr(configuration, "classifier", None)
+    if not isinstance(path, str):
+        raise ValueError(f"timm does not say where the classifier of {name!r} is; give its class in a file of your own")
+    return path
+
+
 def _create(timm: Any, name: str, shape: Shape) -> Any:
     """Create a model without a classifier, for images of the wanted size if the model has such a setting."""
     settings: dict[str, Any] = {"pretrained": False, "num_classes": 0, "in_chans": shape[0]}

@@ -1,6 +1,7 @@
 """`molehunt scan`: an exit code per answer, and one of its own for everything that is no answer."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,22 +13,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-import molehunt.scan
+import molehunt.scanning
 from commands.conftest import HURRIED
 from game.tricks import Trick, archives, honest, manifests, parameters, torch_files, weights
-from molehunt import calibration, combine, confinement, defenses, meta_files, plugins
+from molehunt import calibration, checkpoints, combine, confinement, conversion, defenses, meta_files, plugins
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
 from molehunt.defenses import DEFENSES, NeuralCleanse
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
+from molehunt.foreign import code
 from molehunt.game import seal, submission, workshop
 from molehunt.game.rules import get_round
 from molehunt.game.workshop import Plan
 from molehunt.metas import Meta, Settings, digest
+from molehunt.networks import Adapted, build
 from molehunt.report import ScanReport
 from molehunt.runner import configuration
 from molehunt.tasks import TASKS
+from molehunt.tensor_file import Limits
+from molehunt.torch_file import child
 
 TASK = TASKS["mnist5k"]
 Out = pytest.CaptureFixture[str]
@@ -94,7 +100,7 @@ SILENT = (
 def test_the_answer_is_the_exit_code(
     p: float, options: tuple[str, ...], code: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(p, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(p, SPOKE))
     assert scanning(model, *options) == code
 
 
@@ -102,7 +108,7 @@ def test_the_answer_is_the_exit_code(
 def test_if_no_defense_had_an_opinion_it_could_not_tell(
     p: float, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
 ) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(p, *SILENT))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(p, *SILENT))
     assert scanning(model) == 2
     assert "Could not tell" in capsys.readouterr().out
 
@@ -114,7 +120,7 @@ def test_repairs_have_the_budget_of_a_final(model: Path, monkeypatch: pytest.Mon
         asked.update(settings["defenses"])
         return answers(0.1, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", look)
+    monkeypatch.setattr(molehunt.scanning, "scan", look)
     assert scanning(model) == 0
     budgets = get_round("final").repairs
     assert budgets
@@ -146,6 +152,11 @@ def test_a_broken_plug_in_is_named_and_is_no_answer(model: Path, monkeypatch: py
         (["--network", "nope"], "nope"),
         (["--task", "nope"], "unknown task 'nope'"),
         (["--seconds", "0"], "seconds"),
+        (["--normalize", "0.5"], "expected a normalization (none, signed, bytes"),
+        (["--size", "32"], "expected --size HEIGHTxWIDTH, such as 32x32, got '32'"),
+        (["--size", "0x32"], "expected --size HEIGHTxWIDTH"),
+        (["--channels", "2"], "--channels is 1 or 3"),
+        (["--clean", "nowhere.npz"], "no file"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options: list[str], says: str, model: Path, capsys: Out) -> None:
@@ -157,12 +168,19 @@ def test_what_cannot_be_asked_is_refused(options: list[str], says: str, model: P
 
 def test_neither_task_nor_pictures(model: Path, capsys: Out) -> None:
     assert main(["scan", str(model), "--network", honest.NETWORK]) == 3
-    assert "--task NAME, or --clean FOLDER" in capsys.readouterr().err
+    assert "--task NAME, or --clean PATH" in capsys.readouterr().err
 
 
-def test_weights_without_the_name_of_their_network(model: Path, capsys: Out) -> None:
-    assert main(["scan", str(model), "--task", TASK.name]) == 3
-    assert "--network" in capsys.readouterr().err
+def test_weights_without_the_name_of_their_network(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    """One listed network fits: it is taken, and said. Two fit: the user has to say which."""
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.1, SPOKE))
+    assert main(["scan", str(model), "--task", TASK.name]) == 0
+    two = tmp_path / "two.safetensors"
+    checkpoints.write(build("badnets_cnn", TASK.shape, 10, rng=torch.Generator().manual_seed(0)).state_dict(), two)
+    assert main(["scan", str(two), "--task", TASK.name]) == 3
+    assert "fit badnets_cnn and mntd_mnist alike" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_said_before_anything_else(tmp_path: Path, capsys: Out) -> None:
@@ -179,10 +197,105 @@ def test_a_refusal_names_the_file(tmp_path: Path, capsys: Out) -> None:
         assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: ")
 
 
-@pytest.mark.parametrize("name", ["model.pt", "model.PTH", "model.pkl", "pytorch_model.bin"])
-def test_a_pickle_is_sent_to_the_converter(name: str, capsys: Out) -> None:
+OWN = """
+from torch import nn
+
+def small(hidden=7):
+    look = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten())
+    return nn.Sequential(*look, nn.Linear(144, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[Path, str]:
+    """A plain `.pth` of a class of the user's own, with the wrappers of a training script, and that class."""
+    (tmp_path / "own.py").write_text(OWN)
+    made = code.build(f"{tmp_path / 'own.py'}:small")
+    state = {f"module.{name}": value for name, value in made.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 0.1}}, tmp_path / "own.pth")
+    return tmp_path / "own.pth", f"{tmp_path / 'own.py'}:small"
+
+
+def test_a_pth_file_of_a_class_of_ones_own(own: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(model_: Adapted, *arguments: Any, **settings: Any) -> ScanReport:
+        seen.update(settings, model=model_)
+        return answers(0.1, SPOKE)(model_, *arguments, **settings)
+
+    monkeypatch.setattr(molehunt.scanning, "scan", look)
+    path, network = own
+    command = ["scan", str(path), "--task", TASK.name, "--network", network, "--normalize", "signed"]
+    assert main(command) == 0
+    assert isinstance(seen["model"], Adapted)
+    assert seen["model"].name == "own.py:small"
+    assert seen["model"].normalize.mean.item() == 0.5
+    assert [note[:30] for note in seen["notes"]] == ["The .pt file was taken apart i", "The network is code of your ow"]
+    assert "--normalize signed" in seen["command"]
+    assert main([*command, "--isolated"]) == 3
+    assert "isolated defenses are handed data, never code" in capsys.readouterr().err
+
+
+def test_a_class_that_does_not_fit_its_file_is_refused(own: tuple[Path, str], capsys: Out) -> None:
+    path, network = own
+    for spelled, says in (
+        (f"{network}(9)", "'4.weight' has shape (7, 144), the network needs (9, 144)"),
+        (network.replace("small", "tall"), "defines no tall; it has small"),
+        (network.replace("own.py", "none.py"), "no file"),
+    ):
+        assert main(["scan", str(path), "--task", TASK.name, "--network", spelled]) == 3
+        assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_wrong_scale_is_told_before_the_defenses_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    """A network that wants 0 to 255: as it is handed over, its convolutions see next to nothing."""
+    x, y = TASK.load("test")
+    centers = torch.stack([x[y == k].mean(0) for k in range(10)]).flatten(1)
+    head = nn.Linear(784, 10)
+    head.weight.data, head.bias.data = centers / 255, -(centers**2).sum(1) / 2
+    torch.save({"1." + name: value for name, value in head.state_dict().items()}, tmp_path / "bytes.pt")
+    (tmp_path / "flat.py").write_text(
+        "from torch import nn\ndef flat(): return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))"
+    )
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.1, SPOKE))
+    command = ["scan", str(tmp_path / "bytes.pt"), "--task", TASK.name, "--network", f"{tmp_path / 'flat.py'}:flat"]
+    assert main(command) == 0
+    assert "with --normalize bytes about" in " ".join(capsys.readouterr().err.split())
+    assert main([*command, "--normalize", "bytes"]) == 0
+    assert "WRONG" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("timm:resnet18", "no models are downloaded"),
+        ("hf-hub:someone/model", "no models are downloaded"),
+        ("https://example.org/model.pt", "no models are downloaded"),
+        ("model.pt", "there is no such file"),
+    ],
+)
+def test_what_is_not_here_is_not_fetched(name: str, says: str, capsys: Out) -> None:
     assert scanning(Path(name)) == 3
-    assert f"molehunt convert {name}" in capsys.readouterr().err
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("trick", parameters(torch_files.TRICKS))
+def test_hostile_torch_files_are_refused(trick: Trick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_run", in_this_process)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.pth").write_bytes(trick.make())
+    assert scanning(tmp_path / "model.pth") == 3
+    assert not (tmp_path / "pwned").exists()
+
+
+def in_this_process(source: int, result: int, answer: int, limits: Limits) -> int:
+    """What the converting child does, without a process for each trick; nothing in a file is run here either."""
+    with open(source, "rb", closefd=False) as stream, open(result, "wb", closefd=False) as target:
+        report = child.answer(stream, target, limits.file)
+    os.write(answer, json.dumps(report).encode())
+    return 0
 
 
 # The inside of the sealed part is not the scanner's to read, so tricks with it are not among these.
@@ -260,12 +373,12 @@ def test_an_answer_that_could_not_be_written_is_no_answer(
         target.parent.rmdir()
         return answers(0.01, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", answer)
+    monkeypatch.setattr(molehunt.scanning, "scan", answer)
     assert scanning(model, "--json", str(target)) == 3
 
 
 def test_json_has_the_output_for_itself(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
-    monkeypatch.setattr(molehunt.scan, "scan", answers(0.9, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.9, SPOKE))
     assert scanning(model, "--json", "-") == 1
     said = capsys.readouterr()
     document = json.loads(said.out)
@@ -277,7 +390,7 @@ def test_json_has_the_output_for_itself(model: Path, monkeypatch: pytest.MonkeyP
 def test_the_name_of_a_file_is_only_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out) -> None:
     path = tmp_path / "[red]\x1b[31m\u202e<script>.safetensors"
     path.write_bytes(honest.weights())
-    monkeypatch.setattr(molehunt.scan, "scan", answers(0.1, SPOKE))
+    monkeypatch.setattr(molehunt.scanning, "scan", answers(0.1, SPOKE))
     assert scanning(path, "--html", str(tmp_path / "a.html")) == 0
     said = capsys.readouterr().out
     assert "[red]<U+001B>[31m<U+202E><script>.safetensors" in said
@@ -305,7 +418,7 @@ def asked_with(path: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> di
         seen.update(settings)
         return answer(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", look)
+    monkeypatch.setattr(molehunt.scanning, "scan", look)
     assert scanning(path, *options) == 0
     return seen
 
@@ -334,7 +447,7 @@ def test_the_manifest_names_the_recipe_and_bare_weights_do_not(
         asked.append(settings["recipe"])
         return answers(0.5, SPOKE)(*arguments, **settings)
 
-    monkeypatch.setattr(molehunt.scan, "scan", note)
+    monkeypatch.setattr(molehunt.scanning, "scan", note)
     assert scanning(model) == 2
     assert main(["scan", str(mine), "--task", TASK.name]) == 2
     assert asked == [None, "badnets_cnn"]

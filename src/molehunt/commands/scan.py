@@ -1,8 +1,10 @@
 """`molehunt scan`: is something hidden in this model?"""
 
 import json
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,19 +16,23 @@ from molehunt.commands.interrupt import Interrupt
 from molehunt.commands.options import Metas, Seconds, Seed, Threads, use_threads
 from molehunt.commands.watch import watching
 from molehunt.files import write_atomically
+from molehunt.legible import legible
 
 if TYPE_CHECKING:
-    from molehunt.networks import Network
+    from molehunt.foreign import Opened, Wanted
     from molehunt.tasks import Task
 
 STANDARD_OUTPUT = Path("-")
-PICKLES = frozenset({".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin"})
+NAMES = re.compile(r"(timm|hf|hf-hub|https?):")
 
 
 def scan(
     path: Annotated[
         Path,
-        typer.Argument(help="A submission (folder or archive), or a .safetensors file of weights.", show_default=False),
+        typer.Argument(
+            help="A submission (folder or archive), a .safetensors or .pt file of weights, or a folder with one.",
+            show_default=False,
+        ),
     ],
     task: Annotated[
         str | None,
@@ -35,16 +41,44 @@ def scan(
     clean: Annotated[
         Path | None,
         typer.Option(
-            help="Clean pictures, one folder per class. Needed where the task is none of the known ones.",
-            metavar="FOLDER",
+            help="Clean pictures: a folder with one folder per class, or a .npz file with x and y. Needed where the "
+            "task is none of the known ones.",
+            metavar="PATH",
             show_default=False,
         ),
     ] = None,
     network: Annotated[
         str | None,
         typer.Option(
-            help="Architecture of the weights in a .safetensors file, such as resnet18.",
+            help="Architecture of the weights, such as resnet18 or timm:NAME; or FILE.py:CALLABLE, a class or function "
+            "of your own, which is run.",
             metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        str | None,
+        typer.Option(
+            help="How the network wants its pixels: none (0 to 1), signed (-1 to 1), bytes (0 to 255), imagenet, "
+            "cifar10, task, or MEAN/STD such as 0.5/0.25.",
+            metavar="HOW",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the pictures that the network takes, where it is not that of the clean ones.",
+            metavar="HEIGHTxWIDTH",
+            show_default=False,
+        ),
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels that the network takes, 1 or 3, where they are not those of the clean pictures.",
+            min=1,
+            max=3,
             show_default=False,
         ),
     ] = None,
@@ -82,6 +116,8 @@ def scan(
     input that is refused.
     """
     _check_usage(path, task, clean, found_at, clear_at)
+    if channels == 2:
+        raise InputError("--channels is 1 or 3: gray or color")
     to_output = json_ == STANDARD_OUTPUT
     check_target(None if to_output else json_)
     check_target(html)
@@ -90,33 +126,38 @@ def scan(
         from molehunt import calibration, meta_files
         from molehunt.commands.evaluation import evaluation, telling
         from molehunt.commands.fetching import ensure
-        from molehunt.defenses import DEFENSES, available
-        from molehunt.game.rules import get_round
+        from molehunt.foreign import Wanted, advice
+        from molehunt.inspection import final_defenses, pictures_at
         from molehunt.report import answer, scan_html, scan_json, scan_text
-        from molehunt.scan import clean_images, comparable
-        from molehunt.scan import scan as look
+        from molehunt.scanning import clean_images, comparable
+        from molehunt.scanning import scan as look
         from molehunt.tasks import get_task
 
         use_threads(threads)
         with given():
-            pictures = None if clean is None else get_task(f"folder:{clean}")
+            pictures = None if clean is None else pictures_at(clean)
             problem = get_task(task) if task is not None else pictures
         assert problem is not None  # one of the two was given
         with reading(path):
-            model, recipe = _read(path, problem, network)
-        # With the short budget of a final, in which everything plays as it does here.
+            wanted = Wanted(network=network, normalize=normalize, size=_size(size), channels=channels)
+            found = _read(path, problem, wanted, isolated)
         with given():
-            kinds = available()
-        defenses = {name: kind() for name, kind in kinds.items()}
-        defenses |= get_round("final").make("weights", {n: k for n, k in kinds.items() if n in DEFENSES})
+            defenses = final_defenses()
         with given((ValueError, OSError)):
-            known = None if references is None else comparable(calibration.load(references), problem, model.name)
-            asking = meta_files.chosen(metas, problem, model.name)
+            known = None if references is None else comparable(calibration.load(references), problem, found.name)
+            asking = meta_files.chosen(metas, problem, found.name)
         if pictures is None:
             ensure(problem.name, console)
         with given():
             images = clean_images(problem, seed, pictures)
-        notes = () if pictures is None or task is None else ("The clean pictures are not the task's own.",)
+        notes = found.notes
+        if pictures is not None and task is not None:
+            notes += ("The clean pictures are not the task's own.",)
+        if found.pixels is not None:
+            warnings = advice(found.model, problem, images, found.pixels)
+            for warning in warnings:  # now, not after an hour of defenses
+                console.print(legible(warning, 500), soft_wrap=True)
+            notes += warnings
         with (
             watching(console) as watch,
             evaluation(isolated, seed=seed, seconds=seconds, interrupt=interrupt, watch=watch, say=console.print) as (
@@ -125,19 +166,32 @@ def scan(
         ):
             watch.stage(f"Scanning with {len(defenses)} defenses", len(defenses))
             report = look(
-                model,
+                found.model,
                 problem,
                 images,
                 name=path.name or str(path),
                 defenses=defenses,
                 inspect=telling(watch, inspect),
-                population=known or calibration.shipped(problem.name, model.name, defenses),
+                population=known or calibration.shipped(problem.name, found.name, defenses),
                 metas=asking,
-                recipe=recipe,
+                recipe=found.recipe,
                 device="cpu" if isolated else None,
                 found_at=found_at,
                 clear_at=clear_at,
-                command=_command(path, task, clean, network, references, metas, seed),
+                command=_command(
+                    path,
+                    {
+                        "task": task,
+                        "clean": clean,
+                        "network": network,
+                        "normalize": normalize,
+                        "size": size,
+                        "channels": channels,
+                        "references": references,
+                        "metas": metas,
+                        "seed": seed,
+                    },
+                ),
                 notes=notes,
             )
     if json_ is not None:
@@ -157,44 +211,44 @@ def _check_usage(path: Path, task: str | None, clean: Path | None, found_at: flo
     """Refuse what can be seen to be wrong before anything is loaded."""
     if task is None and clean is None:
         raise InputError(
-            "say what the model was trained for: --task NAME, or --clean FOLDER with pictures of its classes"
+            "say what the model was trained for: --task NAME, or --clean PATH with pictures of its classes"
         )
     if not 0.0 <= clear_at < found_at <= 1.0:  # asked so that a NaN is refused
         raise InputError(f"--clear-at must lie below --found-at, both in [0, 1], got {clear_at} and {found_at}")
-    if path.suffix.lower() in PICKLES:
-        safe = shlex.quote(str(path.with_suffix(".safetensors")))
-        raise InputError(f"{path} may be a pickle, which is never read; first: molehunt convert {path} {safe}")
+    if NAMES.match(str(path)) and not path.exists():
+        raise InputError(
+            f"{path} is a name, and no models are downloaded; save its weights to a file where you have them, and scan "
+            "that with --network timm:NAME"
+        )
     if not path.exists():
         raise InputError(f"cannot open {path}: there is no such file or folder")
 
 
-def _read(path: Path, task: "Task", network: str | None) -> "tuple[Network, str | None]":
-    """Read a stranger's model and the name of its recipe, where something names it.
-
-    The sealed part of a submission is not opened.
-    """
-    from molehunt import checkpoints
-    from molehunt.game.submission import read_submission
-
-    if path.suffix.lower() == ".safetensors":
-        if network is None:
-            raise InputError("a file of weights does not say what it is for: name the architecture with --network")
-        return checkpoints.load(path, network, task.shape, task.num_classes), None
-    contents = read_submission(path, task=task, allowed_networks=None if network is None else [network])
-    return contents.model(), contents.manifest.recipe
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    if found is None:
+        raise InputError(f"expected --size HEIGHTxWIDTH, such as 32x32, got {text!r}")
+    return int(found[1]), int(found[2])
 
 
-def _command(
-    path: Path,
-    task: str | None,
-    clean: Path | None,
-    network: str | None,
-    references: Path | None,
-    metas: Path | None,
-    seed: int,
-) -> str:
+def _read(path: Path, task: "Task", wanted: "Wanted", isolated: bool) -> "Opened":
+    """Read a stranger's model, and see that isolated defenses can be handed it."""
+    from molehunt.evidence import unportable
+    from molehunt.inspection import open_model
+
+    found = open_model(path, task, wanted)
+    if isolated and unportable(found.model) is not None:
+        raise InputError(
+            f"isolated defenses are handed data, never code, and {found.name} is no network of Molehunt or timm; leave "
+            "out --isolated, or scan in a container of your own"
+        )
+    return found
+
+
+def _command(path: Path, named: Mapping[str, object]) -> str:
     """What scans the model again, for the report."""
-    named = {"task": task, "clean": clean, "network": network, "references": references, "metas": metas, "seed": seed}
     options = [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
     return shlex.join(["molehunt", "scan", str(path), *options])
 

@@ -4,6 +4,7 @@ from molehunt.datasets.cache import ChecksumError, DataError
 from molehunt.datasets.catalog import DATASETS, Dataset
 from molehunt.datasets.decode import Arrays
 from molehunt.datasets.folder import Folder, read_folder
+from molehunt.datasets.npz import read_npz
 from molehunt.datasets.retrieval import Row, fetch, list_datasets, load, verify
 from molehunt.datasets.sources import Progress
 
@@ -20,5 +21,6 @@ __all__ = [
     "list_datasets",
     "load",
     "read_folder",
+    "read_npz",
     "verify",
 ]

@@ -4,7 +4,8 @@
 `fold_batch_norm` take a model apart by module path, so that a defense needs no code per architecture.
 """
 
-from molehunt.networks.anatomy import Anatomy, anatomy, capture, evaluating, features, tail
+from molehunt.networks.adapted import Adapted
+from molehunt.networks.anatomy import Anatomy, MissingPart, anatomy, capture, evaluating, features, tail
 from molehunt.networks.architectures import NETWORKS, build
 from molehunt.networks.folding import fold_batch_norm
 from molehunt.networks.network import Dropout, Network, Normalize, Whitening, dropout_rng
@@ -12,8 +13,10 @@ from molehunt.networks.precision import default_device, fast_dtype
 
 __all__ = [
     "NETWORKS",
+    "Adapted",
     "Anatomy",
     "Dropout",
+    "MissingPart",
     "Network",
     "Normalize",
     "Whitening",

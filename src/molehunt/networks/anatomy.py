@@ -8,10 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from molehunt.networks.adapted import path_within
 from molehunt.networks.network import Network
 
 # What may follow the last convolution and still belongs to its block.
 _FINISH = ("norm", "relu", "gelu", "silu", "swish", "elu", "sigmoid", "tanh", "act", "mish")
+
+
+class MissingPart(ValueError):
+    """A model has no such part; a method that needs it has no opinion, which is no failure."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +38,9 @@ class Anatomy:
 def anatomy(model: nn.Module, example: Tensor) -> Anatomy:
     """Find a model's layers, last convolutional block and head by running it once, in eval mode.
 
-    A `Network` says itself where its trunk and head are. For any other module the block is the last module to
-    finish that holds a convolution and puts out (B, C, H, W), together with a norm and an activation that follow it.
+    A `Network` says itself where its trunk and head are, also where it is `Adapted`. For any other module the block is
+    the last module to finish that holds a convolution and puts out (B, C, H, W), together with a norm and an activation
+    that follow it.
 
     Args:
         model: any module; its mode, weights and statistics are left as they are.
@@ -44,7 +50,7 @@ def anatomy(model: nn.Module, example: Tensor) -> Anatomy:
         The parts by module path.
 
     Raises:
-        ValueError: the model has no convolution or no linear layer that runs.
+        MissingPart: the model has no convolution or no linear layer that runs.
     """
     layers: dict[str, nn.Conv2d | nn.Linear] = {}
     finished: list[tuple[str, nn.Module, torch.Size]] = []
@@ -63,9 +69,9 @@ def anatomy(model: nn.Module, example: Tensor) -> Anatomy:
         model(example)
     linear = [path for path, layer in layers.items() if isinstance(layer, nn.Linear)]
     if not linear:
-        raise ValueError("the model runs no nn.Linear, so it has no head; wrap its classifier in one")
-    if isinstance(model, Network):
-        return Anatomy(layers=layers, block="trunk", head="head")
+        raise MissingPart("the model runs no nn.Linear, so it has no head; wrap its classifier in one")
+    if (path := path_within(model)) is not None:
+        return Anatomy(layers=layers, block=f"{path}trunk", head=f"{path}head")
     return Anatomy(layers=layers, block=_last_block(finished), head=linear[-1])
 
 
@@ -155,7 +161,7 @@ def _last_block(finished: list[tuple[str, nn.Module, torch.Size]]) -> str:
     """Return the path of the last convolutional block among modules in the order in which they finished."""
     conv = [i for i, (_, module, _) in enumerate(finished) if any(isinstance(m, nn.Conv2d) for m in module.modules())]
     if not conv:
-        raise ValueError("the model runs no nn.Conv2d, so it has no last convolutional block")
+        raise MissingPart("the model runs no nn.Conv2d, so it has no last convolutional block")
     last = conv[-1]
     path, _, shape = finished[last]
     for later, module, size in finished[last + 1 :]:

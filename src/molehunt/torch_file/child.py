@@ -14,10 +14,24 @@ from typing import Any, BinaryIO, NamedTuple
 
 from molehunt.strict_json import show
 from molehunt.torch_file.archive import Archive
+from molehunt.torch_file.naming import stripped
 from molehunt.torch_file.program import FLOATS, INTEGERS, RefusedFile, Tensor, describe
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+WRAPPERS = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "net_state_dict",
+    "netC",
+    "network",
+    "classifier",
+    "weights",
+    "params",
+    "module",
+)
+MOST_BESIDE = 20
 
 
 class Weights(NamedTuple):
@@ -26,6 +40,7 @@ class Weights(NamedTuple):
     tensors: dict[str, Tensor]
     unwrapped: list[str]
     stripped: list[str]
+    beside: dict[str, Any]
 
 
 def weights_of(document: Any) -> Weights:
@@ -35,10 +50,16 @@ def weights_of(document: Any) -> Weights:
         RefusedFile: there is none, or other things are mixed into it.
     """
     unwrapped: list[str] = []
-    while isinstance(document, dict) and not any(isinstance(value, Tensor) for value in document.values()):
-        inner = [key for key in WRAPPERS if isinstance(document.get(key), dict)]
-        if not inner or len(unwrapped) == 3:
+    beside: dict[str, Any] = {}
+    while isinstance(document, dict) and len(unwrapped) < 3:
+        inner = [key for key in WRAPPERS if _may_hold_weights(document.get(key))]
+        if not inner:
             break
+        if len(inner) > 1:
+            raise RefusedFile(
+                f"it holds several sets of weights, {', '.join(show(key) for key in inner)}; save one of them alone"
+            )
+        beside |= {key: value for key, value in document.items() if isinstance(key, str) and _is_plain(value)}
         unwrapped.append(inner[0])
         document = document[inner[0]]
     if not isinstance(document, dict) or not document:
@@ -46,11 +67,21 @@ def weights_of(document: Any) -> Weights:
     for key, value in document.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise RefusedFile(f"the entry {show(key)} is not a tensor with a name; save model.state_dict() alone")
-    stripped: list[str] = []
-    while found := [p for p in PREFIXES if all(key.startswith(p) and key != p for key in document)]:
-        stripped.append(found[0])
-        document = {key.removeprefix(found[0]): value for key, value in document.items()}
-    return Weights(document, unwrapped, stripped)
+    names, prefixes = stripped(document)
+    tensors = {name: document[key] for key, name in names.items()}
+    return Weights(tensors, unwrapped, prefixes, dict(list(beside.items())[:MOST_BESIDE]))
+
+
+def _may_hold_weights(value: Any) -> bool:
+    """Whether a value is a dictionary with tensors, or with dictionaries, in it; settings have neither."""
+    return isinstance(value, dict) and any(isinstance(inner, Tensor | dict) for inner in value.values())
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is short text, a number of ordinary size, or a few whole numbers such as a picture's size."""
+    if isinstance(value, list | tuple):
+        return len(value) <= 4 and all(type(item) is int and abs(item) < 2**31 for item in value)
+    return type(value) in {str, int} and (len(value) <= 100 if isinstance(value, str) else abs(value) < 2**31)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -77,7 +108,7 @@ def convert(source: BinaryIO, target: BinaryIO, most: int) -> dict[str, Any]:
         most: largest result, in bytes.
 
     Returns:
-        The report: names dropped, keys unwrapped, prefixes stripped.
+        The report: names dropped, keys unwrapped, prefixes stripped, plain values beside the weights.
 
     Raises:
         RefusedFile: it is not a plain dictionary of tensors, or lies about sizes.
@@ -111,6 +142,7 @@ def convert(source: BinaryIO, target: BinaryIO, most: int) -> dict[str, Any]:
         "dropped": [name[:256] for name in dropped[:100]],
         "unwrapped": weights.unwrapped,
         "stripped": weights.stripped,
+        "beside": {key[:100]: value for key, value in weights.beside.items()},
     }
 
 

@@ -1,8 +1,9 @@
 """The pickle in a ``.pt`` file, stepped through instead of run.
 
 The few instructions that describe dictionaries of tensors are known here, and three names beside the storage classes.
-They build nothing but dicts, lists, tuples, numbers, text and notes of where a tensor's numbers are. Any other
-instruction or name is the end.
+They build nothing but dicts, lists, tuples, numbers, text and notes of where a tensor's numbers are. A few further
+names, of harmless things that training scripts save beside the weights (`BESIDE`), are passed over: whatever is made of
+them becomes one empty note. Any other instruction or name is the end.
 """
 
 import pickletools
@@ -19,6 +20,26 @@ FLOATS = {
 }
 INTEGERS = {"LongStorage": 8, "IntStorage": 4, "ShortStorage": 2, "CharStorage": 1, "ByteStorage": 1, "BoolStorage": 1}
 CALLS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+# Settings and results that training scripts save beside the weights. Nothing here is looked up either.
+BESIDE = {
+    "__builtin__ dict",
+    "__builtin__ float",
+    "__builtin__ int",
+    "__builtin__ list",
+    "__builtin__ set",
+    "_codecs encode",
+    "argparse Namespace",
+    "collections Counter",
+    "collections defaultdict",
+    "numpy dtype",
+    "numpy ndarray",
+    "numpy.core.multiarray _reconstruct",
+    "numpy.core.multiarray scalar",
+    "numpy._core.multiarray _reconstruct",
+    "numpy._core.multiarray scalar",
+    "torch Size",
+    "torch device",
+}
 MOST_DIMENSIONS = 8
 
 
@@ -50,6 +71,10 @@ class Tensor:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+
+
+class Passed:
+    """Something that was passed over: no weights, and nothing of it is kept."""
 
 
 class _Ordered(dict[Any, Any]):
@@ -96,7 +121,7 @@ def describe(program: bytes) -> Any:
 
 def _known(name: str) -> Global:
     module, _, short = name.partition(" ")
-    if name in CALLS or (module == "torch" and short in FLOATS.keys() | INTEGERS.keys()):
+    if name in CALLS | BESIDE or (module == "torch" and short in FLOATS.keys() | INTEGERS.keys()):
         return Global(name)
     shown = ascii(name)[:80]
     raise RefusedFile(
@@ -123,6 +148,8 @@ def _tuple(count: int) -> Callable[[list[Any]], None]:
 
 
 def _put(target: Any, pairs: list[Any]) -> None:
+    if isinstance(target, Passed):
+        return
     if not isinstance(target, dict) or len(pairs) % 2:
         raise RefusedFile("its pickle is malformed: items are put into something that is not a dictionary")
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
@@ -144,6 +171,8 @@ def _set_items(stack: list[Any]) -> None:
 
 
 def _extend(stack: list[Any], items: list[Any]) -> None:
+    if isinstance(stack[-1], Passed):
+        return
     if not isinstance(stack[-1], list):
         raise RefusedFile("its pickle is malformed: items are appended to something that is not a list")
     stack[-1].extend(items)
@@ -162,7 +191,7 @@ def _appends(stack: list[Any]) -> None:
 def _build(stack: list[Any]) -> None:
     """Drop the attributes that torch attaches to a state dict; on anything else they would have an effect."""
     stack.pop()
-    if not isinstance(stack[-1], _Ordered):
+    if not isinstance(stack[-1], _Ordered | Passed):
         raise RefusedFile("its pickle sets attributes of something that is not an OrderedDict")
 
 
@@ -187,8 +216,18 @@ def _call(stack: list[Any]) -> None:
             (Storage() as storage, int(offset), tuple(shape), tuple(strides), *_),
         ):
             stack.append(Tensor(storage, offset, _whole(shape), _whole(strides)))
+        case (Global(name=name), tuple()) if name in BESIDE:
+            stack.append(Passed())
         case _:
             raise RefusedFile("its pickle calls something in a way that torch.save does not write")
+
+
+def _new(stack: list[Any]) -> None:
+    match stack[-2]:
+        case Global(name=name) if name in BESIDE:
+            _call(stack)
+        case _:
+            raise RefusedFile("its pickle has the instruction NEWOBJ, which no dictionary of tensors needs")
 
 
 def _whole(numbers: tuple[Any, ...]) -> tuple[int, ...]:
@@ -218,4 +257,5 @@ ACTIONS: dict[str, Callable[[list[Any]], None]] = {
     "BUILD": _build,
     "BINPERSID": _storage,
     "REDUCE": _call,
+    "NEWOBJ": _new,
 }

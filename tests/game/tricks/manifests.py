@@ -159,6 +159,12 @@ def network_from_the_internet(*_: Any) -> bytes:
 
 
 @trick("network")
+def network_from_a_file_of_code(*_: Any) -> bytes:
+    """What a user may say about a file of their own, no manifest may."""
+    return changed(network="evil.py:Net")
+
+
+@trick("network")
 def network_from_a_module(*_: Any) -> bytes:
     return changed(network="os.system")
 

@@ -7,6 +7,7 @@ import struct
 import tarfile
 import warnings
 import zipfile
+from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -110,9 +111,21 @@ def whole_model(*_: Any) -> bytes:
     return saved(nn.Linear(2, 2))
 
 
-@trick("refers to 'numpy")
+@trick("'best' is not a tensor")
 def numpy_among_tensors(*_: Any) -> bytes:
     return saved({"w": torch.ones(2), "best": torch.ones(2).numpy()})
+
+
+@trick("refers to 'builtins exec'|refers to '__builtin__")
+def program_beside_the_weights(*_: Any) -> bytes:
+    """Settings beside the weights are passed over, but not a call among them."""
+    settings = Namespace(lr=0.1, device=torch.device("cpu"), hook=Runs(exec, "open('pwned', 'w')"))
+    return saved({"state_dict": {"w": torch.ones(2)}, "args": settings})
+
+
+@trick("several sets of weights, 'state_dict', 'model'")
+def two_sets_of_weights(*_: Any) -> bytes:
+    return saved({"model": {"w": torch.ones(2)}, "state_dict": {"w": torch.ones(2)}})
 
 
 @trick("calls something in a way")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
 import torch
+from torch import nn
 
 from molehunt import combine
 from molehunt.asking import ask
@@ -15,7 +16,6 @@ from molehunt.defenses import Defense
 from molehunt.examination import Inspect, divide
 from molehunt.findings import Outcome, Verdict
 from molehunt.metas import Meta
-from molehunt.networks import Network
 from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
@@ -67,7 +67,7 @@ def comparable(population: Population, task: Task, network: str) -> Population:
 
 
 def scan(
-    model: Network,
+    model: nn.Module,
     task: Task,
     clean: Images,
     *,
@@ -88,7 +88,7 @@ def scan(
     Repairs are asked last, and only where one may be taken, see `asking.ask`.
 
     Args:
-        model: the model.
+        model: any module from pictures in [0, 1] to logits; its network's name is its `name`, else that of its class.
         task: what it was trained for.
         clean: clean labeled images. Four fifths go to the defenses; what they answer is measured on the rest.
         name: what the report calls the model.
@@ -105,6 +105,9 @@ def scan(
     """
     seen, held_out = divide(clean)
     suspect = Suspect.of(model, task, clean=seen, metas=tuple(metas) if metas else None, device=device)
+    if not _runs(suspect):
+        suspect = Suspect.of(model, task, clean=seen, metas=suspect.metas, device=suspect.device, dtype=torch.float32)
+        notes += ("The network does not run in the fast number format; the defenses worked in float32.",)
 
     def fuse(outcomes: Iterable[Outcome]) -> Verdict:
         return combine.verdict(
@@ -124,7 +127,7 @@ def scan(
     return ScanReport(
         name=name,
         task=task.name,
-        network=model.name,
+        network=network_name(model),
         shape=task.shape,
         classes=task.classes,
         verdict=verdict,
@@ -138,6 +141,23 @@ def scan(
         found_at=found_at,
         clear_at=clear_at,
     )
+
+
+def network_name(model: nn.Module) -> str:
+    """What a module calls its network, else the name of its class."""
+    name = getattr(model, "name", None)
+    return name if isinstance(name, str) and name else type(model).__name__
+
+
+def _runs(suspect: Suspect) -> bool:
+    """Whether the model runs in the suspect's number format; code of strangers need not."""
+    if suspect.dtype == torch.float32:
+        return True
+    try:
+        answers = suspect.logits(torch.rand(2, *suspect.task.shape, generator=torch.Generator().manual_seed(0)))
+    except RuntimeError:
+        return False
+    return bool(torch.isfinite(answers).all())
 
 
 def _repaired(suspect: Suspect, verdict: Verdict) -> Suspect | None:

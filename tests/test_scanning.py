@@ -20,7 +20,7 @@ from molehunt.findings import Abstention, Finding, Outcome
 from molehunt.networks import Network
 from molehunt.repair import REPAIR_FROM
 from molehunt.report import ScanReport, answer, scan_html, scan_json, scan_text
-from molehunt.scan import clean_images, comparable, scan
+from molehunt.scanning import clean_images, comparable, scan
 from molehunt.suspect import Suspect
 from molehunt.tasks import DEFENDER, TASKS, Images, Split, Task, get_task
 from molehunt.testing import Planted, planted
