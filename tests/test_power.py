@@ -3,7 +3,7 @@
 import pytest
 
 from molehunt.calibration import Population, Reference, shipped
-from molehunt.power import power
+from molehunt.power import power, unused
 
 
 def population(loud: float, quiet: float, *, clean: int = 39) -> Population:
@@ -62,3 +62,23 @@ def test_more_defenses_catch_more_of_the_shipped_bank() -> None:
         assert found is not None
         shares.append(sum(one.caught for one in found.families) / sum(one.of for one in found.families))
     assert shares[0] < 0.6 < 0.8 < shares[1]
+
+
+def test_it_is_said_in_a_sentence_and_so_is_what_more_would_buy() -> None:
+    bank = shipped("mnist", "badnets_cnn")
+    assert bank is not None
+    few = power(bank, ["mntd", "neural_cleanse"])
+    assert few is not None
+    words = few.words()
+    assert words.startswith(f"At 5% false alarms these 2 defenses catch {few.caught} of {few.of} backdoors")
+    assert "tact" in words
+    more = unused(bank, few, ["pair_inversion", "fine_tuning"])
+    both = power(bank, ["mntd", "neural_cleanse", "pair_inversion"])
+    assert both is not None
+    tact = {one.family: one for one in both.families}["tact"]
+    assert more == (
+        f"With pair_inversion as well {both.caught} of {both.of} would be caught in place of {few.caught}; of tact "
+        f"{tact.caught} of {tact.of} in place of {next(one.caught for one in few.families if one.family == 'tact')}."
+    )
+    # A repair has no score on any reference, so nothing can be said of it.
+    assert unused(bank, few, ["fine_tuning"]) is None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molehunt import calibration, defenses, meta_files, runner
+from molehunt.asking import Budget
 from molehunt.defenses import DEFENSES, Defense
 from molehunt.findings import Outcome
 from molehunt.foreign import Opened, Wanted, adapted, advice, opened, pixels
@@ -38,6 +39,7 @@ def scan(
     ask: Mapping[str, Defense] | Sequence[str] | None = None,
     seed: int = 0,
     seconds: float = 600,
+    budget: float | None = None,
     device: str | None = None,
     found_at: float = FOUND_AT,
     clear_at: float = CLEAR_AT,
@@ -63,6 +65,8 @@ def scan(
         ask: whom to ask, defenses by name, or with settings of your own. None asks all, with the budget of a final.
         seed: draws what the defenses draw.
         seconds: time limit for one defense.
+        budget: seconds for all defenses together: the cheap ones are asked first, and `report.notes` say what more time
+            would buy. None is no limit.
         device: where to work; a GPU when there is one, else the CPU.
         found_at: p from which the model is called backdoored.
         clear_at: p up to which it is called clean.
@@ -80,13 +84,14 @@ def scan(
     if found.pixels is not None:
         notes += advice(found.model, problem, images, found.pixels)
     chosen = _chosen(ask)
+    allowed = None if budget is None else Budget(seconds=budget)
     report = scan_with(
         found.model,
         problem,
         images,
         name=found.name if isinstance(model, nn.Module) else Path(model).name,
         defenses=chosen,
-        inspect=partial(_inspect, seed=seed, seconds=seconds),
+        inspect=partial(_inspect, seed=seed, seconds=seconds, budget=allowed),
         population=calibration.shipped(problem.name, found.name, chosen),
         metas=meta_files.shipped(problem.name, found.name),
         recipe=found.recipe,
@@ -94,6 +99,7 @@ def scan(
         found_at=found_at,
         clear_at=clear_at,
         notes=(*found.notes, *notes),
+        budget=allowed,
     )
     return _with_names_of(model, found.model, report)
 
@@ -208,8 +214,11 @@ def _chosen(wanted: Mapping[str, Defense] | Sequence[str] | None) -> dict[str, D
     return {name: known[name] for name in wanted}
 
 
-def _inspect(name: str, defense: Defense, suspect: Suspect, *, seed: int, seconds: float) -> Outcome:
-    return runner.inspect(defense, suspect, name=name, seed=seed, seconds=seconds)
+def _inspect(
+    name: str, defense: Defense, suspect: Suspect, *, seed: int, seconds: float, budget: Budget | None
+) -> Outcome:
+    most = seconds if budget is None else max(1.0, min(seconds, budget.left()))
+    return runner.inspect(defense, suspect, name=name, seed=seed, seconds=most)
 
 
 def _with_names_of(model: object, whole: Network | Adapted, report: ScanReport) -> ScanReport:

@@ -1,10 +1,11 @@
 """What a scan would have caught: for every family of attacks, the share of known backdoors that these defenses see."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from molehunt.calibration import Population
 from molehunt.conformal import combined
+from molehunt.fusion import uncovered
 from molehunt.reliability import exact_interval
 
 LEVEL = 0.05
@@ -44,6 +45,24 @@ class Power:
     clean: int
     families: tuple[Caught, ...]
 
+    @property
+    def caught(self) -> int:
+        """How many models of all families are caught."""
+        return sum(one.caught for one in self.families)
+
+    @property
+    def of(self) -> int:
+        """How many there are."""
+        return sum(one.of for one in self.families)
+
+    def words(self) -> str:
+        """Say it in a sentence."""
+        parts = ", ".join(f"{one.family} {one.caught} of {one.of}" for one in self.families)
+        return (
+            f"At {self.level:.0%} false alarms these {len(self.defenses)} defenses catch {self.caught} of {self.of} "
+            f"backdoors of the reference models: {parts}."
+        )
+
 
 def power(population: Population, defenses: Sequence[str], level: float = LEVEL) -> Power | None:
     """Count, by family, the backdoored references whose combined conformal p-value is at most `level`.
@@ -77,6 +96,31 @@ def power(population: Population, defenses: Sequence[str], level: float = LEVEL)
     ]
     found.sort(key=lambda one: (one.caught / one.of, one.family))
     return Power(defenses=names, level=level, clean=len(clean), families=tuple(found))
+
+
+def unused(population: Population, here: Power, others: Iterable[str], level: float = LEVEL) -> str | None:
+    """Say in a sentence what asking more defenses would buy; None where nothing can be said.
+
+    Args:
+        population: the references.
+        here: what those that were asked catch.
+        others: names of those that were not.
+        level: as in `power`.
+    """
+    more = sorted(name for name in set(others) - set(here.defenses) if uncovered(name, population) is None)
+    all_ = power(population, [*here.defenses, *more], level) if more else None
+    if all_ is None:
+        return None
+    gains = {one.family: one for one in here.families}
+    best = max(all_.families, key=lambda one: one.caught / one.of - _share(gains.get(one.family)))
+    words = f"With {', '.join(more)} as well {all_.caught} of {all_.of} would be caught in place of {here.caught}"
+    if (before := gains.get(best.family)) is None or best.caught <= before.caught:
+        return f"{words}."
+    return f"{words}; of {best.family} {best.caught} of {best.of} in place of {before.caught}."
+
+
+def _share(one: Caught | None) -> float:
+    return 0.0 if one is None else one.caught / one.of
 
 
 def _caught(family: str, caught: int, of: int) -> Caught:

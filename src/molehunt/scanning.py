@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from molehunt import combine
-from molehunt.asking import ask
+from molehunt.asking import Budget, ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense
 from molehunt.examination import Inspect, divide
-from molehunt.findings import Outcome, Verdict
+from molehunt.findings import Abstention, Failure, Outcome, Verdict
 from molehunt.metas import Meta
+from molehunt.power import power, unused
 from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
@@ -82,6 +83,8 @@ def scan(
     clear_at: float = CLEAR_AT,
     command: str = "",
     notes: tuple[str, ...] = (),
+    budget: Budget | None = None,
+    keep: bool = False,
 ) -> ScanReport:
     """Ask every defense about a model and fuse the answers.
 
@@ -102,6 +105,8 @@ def scan(
         clear_at: p up to which it is called clean.
         command: what scans it again.
         notes: what else the report should say.
+        budget: time for all defenses together; None is no limit. The report says what more time would buy.
+        keep: Ctrl-C ends the asking and not the scan: the report is about what had been answered until then.
     """
     seen, held_out = divide(clean)
     suspect = Suspect.of(model, task, clean=seen, metas=tuple(metas) if metas else None, device=device)
@@ -114,7 +119,12 @@ def scan(
             outcomes, population, classes=task.num_classes, suspect=suspect, held_out=held_out, recipe=recipe
         )
 
-    verdict = ask(suspect, defenses, inspect, fuse)
+    verdict = ask(suspect, defenses, inspect, fuse, budget=budget, keep=keep)
+    caught = None
+    if population is not None and verdict.p_values and not verdict.details["could_not_tell"]:
+        caught = power(population, list(verdict.p_values))
+        told = None if caught is None else unused(population, caught, _unheard(verdict))
+        notes += () if told is None else (told,)
     repaired = _repaired(suspect, verdict)
     accuracy = Change(
         before=_accuracy(suspect, held_out), after=None if repaired is None else _accuracy(repaired, held_out)
@@ -135,6 +145,7 @@ def scan(
         pictures=_pictures(suspect, verdict, held_out),
         accuracy=accuracy,
         asr=_success(suspect, repaired, verdict, held_out),
+        power=caught,
         notes=notes,
         command=command,
         versions={"molehunt": version("molehunt"), "torch": torch.__version__, "python": platform.python_version()},
@@ -166,6 +177,11 @@ def _repaired(suspect: Suspect, verdict: Verdict) -> Suspect | None:
     model = copy.deepcopy(suspect.model)
     model.load_state_dict(dict(verdict.repaired))
     return Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
+
+
+def _unheard(verdict: Verdict) -> list[str]:
+    """Names of those that more time would have let speak."""
+    return [o.defense for o in verdict.outcomes if isinstance(o, Abstention | Failure)]
 
 
 def _accuracy(suspect: Suspect, images: Images) -> float:

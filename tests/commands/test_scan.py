@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,15 +24,17 @@ from molehunt import calibration, checkpoints, combine, confinement, conversion,
 from molehunt.calibration import Population, Reference
 from molehunt.cli import main
 from molehunt.defenses import DEFENSES, NeuralCleanse
+from molehunt.engine import Run
 from molehunt.findings import Abstention, Failure, Finding, Outcome, Verdict
 from molehunt.foreign import code
 from molehunt.game import seal, submission, workshop
-from molehunt.game.rules import get_round
+from molehunt.game.rules import Round, get_round
 from molehunt.game.workshop import Plan
 from molehunt.metas import Meta, Settings, digest
 from molehunt.networks import Adapted, build
 from molehunt.report import ScanReport
 from molehunt.runner import configuration
+from molehunt.suspect import Access, Suspect
 from molehunt.tasks import TASKS
 from molehunt.tensor_file import Limits
 from molehunt.torch_file import child
@@ -533,3 +537,75 @@ class TestARealScan:
         assert "Could not tell: no defense had an opinion" in said.out
         assert "failed: ZeroDivisionError" in said.err
         assert submission.read_submission(mine).manifest.task == "mnist5k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """Answers at once."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        return Finding(defense="neural_cleanse", score=1.0, class_scores=torch.zeros(suspect.classes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops:
+    """Ctrl-C is pressed while it works."""
+
+    needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+
+    def __call__(self, suspect: Suspect, run: Run) -> Finding:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Finding(defense="stops", score=1.0)
+
+
+def test_ctrl_c_prints_what_had_been_answered(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Out
+) -> None:
+    kinds = {"neural_cleanse": Prompt, "stops": Stops, "late": Stops}
+    monkeypatch.setattr(defenses, "available", lambda: kinds)
+    monkeypatch.setattr(Round, "make", lambda *_: {})
+    document = tmp_path / "answer.json"
+    assert scanning(model, "--json", str(document)) == 130
+    said = capsys.readouterr()
+    assert "stopped; this is what had been answered until then" in said.err
+    assert "neural_cleanse" in said.out
+    outcomes = {one["defense"]: one for one in json.loads(document.read_text())["defenses"]}
+    assert outcomes["neural_cleanse"]["outcome"] == "finding"
+    assert outcomes["stops"]["reason"] == "stopped before it was done"
+    assert outcomes["late"]["reason"] == "not asked: stopped before its turn came"
+
+
+def test_a_budget_limits_all_together_and_is_in_the_command(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float | None] = []
+
+    @dataclass(frozen=True)
+    class Slow:
+        needs: ClassVar[tuple[frozenset[Access], ...]] = (frozenset(),)
+
+        def __call__(self, suspect: Suspect, run: Run) -> Finding:
+            asked.append(run.remaining())
+            while True:
+                time.sleep(0.02)
+                run.check()
+
+    monkeypatch.setattr(defenses, "available", lambda: {"neural_cleanse": Prompt, "slow": Slow, "slower": Slow})
+    monkeypatch.setattr(Round, "make", lambda *_: {})
+    document = tmp_path / "answer.json"
+    assert scanning(model, "--budget", "3s", "--json", str(document)) == 2
+    answer = json.loads(document.read_text())
+    outcomes = {one["defense"]: one for one in answer["defenses"]}
+    assert outcomes["slow"]["reason"] == "not done when the budget of 3 s ended"
+    assert outcomes["slower"]["reason"] == "not asked: the budget of 3 s was spent"
+    (left,) = asked
+    assert left is not None
+    assert left <= 3.0
+
+
+@pytest.mark.parametrize("text", ["60", "5 m", "0s", "-1s", "1d", "s", "1e3s"])
+def test_a_budget_is_a_time(text: str, model: Path, capsys: Out) -> None:
+    assert scanning(model, f"--budget={text}") == 3
+    assert repr(text) in capsys.readouterr().err

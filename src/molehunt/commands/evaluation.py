@@ -31,7 +31,7 @@ def evaluation(
     isolated: bool | None,
     *,
     seed: int,
-    seconds: float,
+    seconds: float | Callable[[], float],
     interrupt: Interrupt,
     watch: Watch,
     say: Callable[[str], None],
@@ -43,7 +43,7 @@ def evaluation(
     Args:
         isolated: whether each defense runs in a process of its own; None does so where that is possible.
         seed: of all defenses.
-        seconds: that each may take on one model.
+        seconds: that each may take on one model; a function is asked before each.
         interrupt: stops a defense when the user asks to.
         watch: is told how far each defense is.
         say: gets a line when isolation was not asked for and is not possible.
@@ -63,7 +63,7 @@ def evaluation(
 def evaluations(
     isolated: bool | None,
     *,
-    seconds: float,
+    seconds: float | Callable[[], float],
     interrupt: Interrupt,
     watch: Watch,
     say: Callable[[str], None],
@@ -75,7 +75,7 @@ def evaluations(
 
     Args:
         isolated: whether each defense runs in a process of its own; None does so where that is possible.
-        seconds: that each may take on one model.
+        seconds: that each may take on one model; a function is asked before each.
         interrupt: stops a defense when the user asks to.
         watch: is told how far each defense is.
         say: gets a line when isolation was not asked for and is not possible.
@@ -103,7 +103,7 @@ def evaluations(
                     suspect,
                     name=name,
                     seed=seed,
-                    seconds=seconds,
+                    seconds=seconds() if callable(seconds) else seconds,
                     report=lambda done, total: watch.progress(name, done, total, slot),
                     cancelled=interrupt.cancelled,
                 )

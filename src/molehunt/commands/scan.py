@@ -105,6 +105,15 @@ def scan(
     clear_at: Annotated[float, typer.Option(help="Call it clear up to this probability.")] = 0.2,
     seed: Seed = 0,
     seconds: Seconds = 600,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time for all defenses together, such as 60s, 5m or 1h: the cheap ones first, and the answer says "
+            "what more time would buy.",
+            metavar="TIME",
+            show_default=False,
+        ),
+    ] = None,
     isolated: Annotated[
         bool, typer.Option("--isolated", help="Run each defense in a process of its own that sees nothing else.")
     ] = False,
@@ -113,9 +122,10 @@ def scan(
     """Ask every defense whether something is hidden in a model.
 
     Exit code 1: found, 0: clear, 2: could not tell, also when every defense abstained or failed; 3: wrong usage or an
-    input that is refused.
+    input that is refused. Ctrl-C prints what had been answered until then, and ends with 130.
     """
     _check_usage(path, task, clean, found_at, clear_at)
+    limit = _time(budget)
     if channels == 2:
         raise InputError("--channels is 1 or 3: gray or color")
     to_output = json_ == STANDARD_OUTPUT
@@ -124,6 +134,7 @@ def scan(
     console = consoles.messages()
     with Interrupt(console, "stopped") as interrupt:
         from molehunt import calibration, meta_files
+        from molehunt.asking import Budget
         from molehunt.commands.evaluation import evaluation, telling
         from molehunt.commands.fetching import ensure
         from molehunt.foreign import Wanted, advice
@@ -158,9 +169,14 @@ def scan(
             for warning in warnings:  # now, not after an hour of defenses
                 console.print(legible(warning, 500), soft_wrap=True)
             notes += warnings
+        allowed = None if limit is None else Budget(seconds=limit)
+
+        def most() -> float:
+            return seconds if allowed is None else max(1.0, min(seconds, allowed.left()))
+
         with (
             watching(console) as watch,
-            evaluation(isolated, seed=seed, seconds=seconds, interrupt=interrupt, watch=watch, say=console.print) as (
+            evaluation(isolated, seed=seed, seconds=most, interrupt=interrupt, watch=watch, say=console.print) as (
                 inspect,
             ),
         ):
@@ -189,11 +205,18 @@ def scan(
                         "channels": channels,
                         "references": references,
                         "metas": metas,
+                        "budget": budget,
                         "seed": seed,
                     },
                 ),
                 notes=notes,
+                budget=allowed,
+                keep=True,
             )
+        if interrupt.asked:
+            if report.verdict.details["could_not_tell"]:
+                raise KeyboardInterrupt
+            console.print("stopped; this is what had been answered until then")
     if json_ is not None:
         document = json.dumps(scan_json(report), indent=1, allow_nan=False) + "\n"
         if to_output:
@@ -204,6 +227,8 @@ def scan(
         _write(html, scan_html(report))
     # With the document on the standard output, what is for people goes beside it.
     (console if to_output else consoles.result()).print(scan_text(report))
+    if interrupt.asked:
+        raise KeyboardInterrupt
     return {"found": FOUND, "clear": CLEAR, "unsure": UNSURE}[answer(report.verdict, found_at, clear_at)]
 
 
@@ -222,6 +247,16 @@ def _check_usage(path: Path, task: str | None, clean: Path | None, found_at: flo
         )
     if not path.exists():
         raise InputError(f"cannot open {path}: there is no such file or folder")
+
+
+def _time(text: str | None) -> float | None:
+    """Seconds of a time such as 60s, 5m or 1h."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smh])", text)
+    if found is None or float(found[1]) == 0:
+        raise InputError(f"expected --budget as a time such as 60s, 5m or 1h, got {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """A scan as one JSON document, for other programs."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +24,9 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
     Returns:
         `answer` ("found", "clear" or "unsure"), `p`, `q` by class, `target` (number and name), `sources` (the same, or
         null for all classes) and `trigger` (or null), `repaired`, before and after, and one entry per defense with its
-        outcome ("finding", "abstention", "failure"), p-value and cost. `details` are those of the verdict
-        (`Verdict.details`).
+        outcome ("finding", "abstention", "failure"), p-value and cost. `power` (or null) has, by family of attacks, how
+        many known backdoors these defenses catch at its `level` of false alarms, and the interval of that share.
+        `details` are those of the verdict (`Verdict.details`).
     """
     verdict = report.verdict
     return {
@@ -39,6 +41,7 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
         "p": verdict.p,
         "classes": list(report.classes),
         "q": [float(v) for v in verdict.q],
+        "power": None if report.power is None else dataclasses.asdict(report.power),
         "target": None if verdict.target is None else _class(verdict.target, report.classes),
         "sources": None if verdict.sources is None else [_class(k, report.classes) for k in verdict.sources],
         "trigger": None if verdict.trigger is None else _trigger(verdict.trigger),

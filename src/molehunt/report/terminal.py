@@ -39,6 +39,8 @@ def scan_text(report: ScanReport) -> RenderableType:
         if change is not None:
             lines.append(Text(f"{label:<22}{_change(change)}"))
     lines += [Text(), _defenses(report)]
+    if report.power is not None:
+        lines.append(Text(f"· {words.legible(report.power.words(), 600)}", style="dim"))
     notes = words.remarks(verdict) + [words.legible(note, 400) for note in report.notes]
     lines += [Text(f"· {note}", style="dim") for note in notes]
     return Group(*lines)

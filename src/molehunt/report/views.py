@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from molehunt.findings import Verdict
+from molehunt.power import Power
 from molehunt.report.words import CLEAR_AT, FOUND_AT
 from molehunt.triggers import Trigger
 
@@ -247,6 +248,7 @@ class ScanReport:
         pictures: example images, where a trigger was recovered; `stamped` stays None.
         accuracy: accuracy on the clean images before and after the repair.
         asr: success rate of the recovered trigger before and after the repair.
+        power: what the defenses that counted catch among known backdoors; None where that is not known.
         notes: anything else to say.
         command: the command that scans it again.
         versions: name of a program to its version.
@@ -267,6 +269,7 @@ class ScanReport:
     pictures: Pictures | None = None
     accuracy: Change | None = None
     asr: Change | None = None
+    power: Power | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
