@@ -16,7 +16,7 @@ from molehunt.testing import planted
 KNOWN = {name: DEFENSES[name]() for name in ("fine_pruning", "neural_cleanse", "fine_tuning")}
 
 
-def asked(p: float, **how: bool) -> tuple[list[str], Verdict]:
+def asked(p: float, *, every_repair: bool = False) -> tuple[list[str], Verdict]:
     order: list[str] = []
 
     def inspect(name: str, defense: Defense, suspect: Suspect) -> Outcome:
@@ -26,7 +26,7 @@ def asked(p: float, **how: bool) -> tuple[list[str], Verdict]:
     def fuse(outcomes: Iterable[Outcome]) -> Verdict:
         return Verdict(p=p, q=torch.full((10,), 0.1), outcomes=tuple(outcomes))
 
-    return order, ask(planted().suspect, KNOWN, inspect, fuse, **how)
+    return order, ask(planted().suspect, KNOWN, inspect, fuse, every_repair=every_repair)
 
 
 def test_repairs_come_last_where_one_may_be_taken() -> None:

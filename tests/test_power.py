@@ -1,5 +1,7 @@
 """The share of known backdoors that a scan would have caught."""
 
+import random
+
 import pytest
 
 from molehunt.calibration import Population, Reference, shipped
@@ -32,6 +34,23 @@ def test_no_more_clean_models_are_accused_than_the_level_says() -> None:
     assert found is not None
     # A copy of a reference ranks with it, so one step lower than a fresh model would.
     assert found.families[0].caught <= 0.05 * 40
+
+
+def test_with_learned_weights_no_more_are_accused_either() -> None:
+    """Fresh clean models among four loud families, so that weights are learned."""
+    rng = random.Random(5)
+
+    def drawn(count: int, by: float, seed: int, attack: str | None = None) -> list[Reference]:
+        rows = [{name: rng.gauss(by, 1.0) for name in "abc"} for _ in range(count)]
+        return [Reference(seed=seed + i, attack=attack, scores=row) for i, row in enumerate(rows)]
+
+    loud = [one for k in range(4) for one in drawn(20, 4.0, 1000 * (k + 1), f"family {k}")]
+    fresh = drawn(200, 0.0, 9000, "clean after all")
+    found = power(Population(task="t", network="n", models=(*drawn(99, 0.0, 0), *loud, *fresh)), ["a", "b", "c"])
+    assert found is not None
+    caught = {one.family: one.caught / one.of for one in found.families}
+    assert caught["clean after all"] <= 0.1
+    assert min(share for family, share in caught.items() if family.startswith("family")) >= 0.9
 
 
 def test_a_defense_that_sees_nothing_costs_power_and_one_that_is_missing_leaves_models_out() -> None:

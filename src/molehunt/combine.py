@@ -103,6 +103,7 @@ def verdict(
             target=f.target,
             asr=success(f.trigger, f.target, suspect, held_out, f.sources),
             sources=f.sources,
+            handicap=_handicap(f, findings, evidence.p_values),
         )
         for f in findings
         if f.trigger is not None and f.target is not None
@@ -139,6 +140,18 @@ def verdict(
             "repair": repair,
         },
     )
+
+
+def _handicap(finding: Finding, findings: Sequence[Finding], p_values: Mapping[str, float]) -> float:
+    """What a trigger of some classes alone has to make up for.
+
+    Of two triggers that work the one that does so on all classes explains more; unless the search by single classes is
+    the one that finds the model remarkable.
+    """
+    if not finding.sources:
+        return 0.0
+    others = [p_values.get(f.defense, 1.0) for f in findings if f.trigger is not None and not f.sources]
+    return 0.5 if others and p_values.get(finding.defense, 1.0) >= min(others) else 0.0
 
 
 def class_probabilities(findings: Sequence[Finding], p_values: Mapping[str, float], classes: int) -> Tensor:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from molehunt import stacking
 from molehunt.calibration import Population
-from molehunt.conformal import combined
+from molehunt.conformal import combined, conformal
 from molehunt.fusion import uncovered
 from molehunt.reliability import exact_interval
 
@@ -65,10 +66,11 @@ class Power:
 
 
 def power(population: Population, defenses: Sequence[str], level: float = LEVEL) -> Power | None:
-    """Count, by family, the backdoored references whose combined conformal p-value is at most `level`.
+    """Count, by family, the backdoored references that would be accused if `level` of the clean ones were.
 
-    A model is ranked among the clean references alone, so nothing was fitted to it. The share speaks for backdoors like
-    those of the bank, on this network and by this recipe; what nobody planted there is not in it.
+    What is compared is what a verdict rests on: the log-odds of `stacking` where there are references enough, else the
+    combined conformal p-value. The share speaks for backdoors like those of the bank, on this network and by this
+    recipe; what nobody planted there is not in it.
 
     Args:
         population: the references.
@@ -91,11 +93,19 @@ def power(population: Population, defenses: Sequence[str], level: float = LEVEL)
     if not planted or (len(clean) + 1) * level < 1.0:
         return None
     found = [
-        _caught(family, sum(combined(row, clean) <= level for row in rows), len(rows))
-        for family, rows in planted.items()
+        _caught(family, sum(p <= level for p in values), len(values))
+        for family, values in _p_values(clean, planted).items()
     ]
     found.sort(key=lambda one: (one.caught / one.of, one.family))
     return Power(defenses=names, level=level, clean=len(clean), families=tuple(found))
+
+
+def _p_values(clean: list[list[float]], planted: dict[str, list[list[float]]]) -> dict[str, list[float]]:
+    """Conformal p-values of the backdoored references, by family."""
+    if not stacking.enough(clean, planted):
+        return {family: [combined(row, clean) for row in rows] for family, rows in planted.items()}
+    honest, families = stacking.standing(stacking.fit(clean, planted), clean, planted)
+    return {family: [conformal(value, honest) for value in values] for family, values in families.items()}
 
 
 def unused(population: Population, here: Power, others: Iterable[str], level: float = LEVEL) -> str | None:

@@ -25,7 +25,8 @@ DROP = 0.05
 class Recovered:
     """A recovered trigger and what it does on held-out images; `asr` is None where nothing was measured.
 
-    `sources` are the classes on which it works and is measured; None means all but the target.
+    `sources` are the classes on which it works and is measured; None means all but the target. `handicap` is taken off
+    its merit.
     """
 
     defense: str
@@ -33,6 +34,7 @@ class Recovered:
     target: int
     asr: float | None
     sources: tuple[int, ...] | None = None
+    handicap: float = 0.0
 
     @property
     def weight(self) -> float:
@@ -41,11 +43,8 @@ class Recovered:
 
     @property
     def merit(self) -> float:
-        """Held-out success rate minus half the weight; what was not measured counts as no success.
-
-        Of two that work the one that does so on all classes explains more.
-        """
-        return (self.asr or 0.0) - 0.5 * self.weight - (0.5 if self.sources else 0.0)
+        """Held-out success rate minus half the weight; what was not measured counts as no success."""
+        return (self.asr or 0.0) - 0.5 * self.weight - self.handicap
 
 
 def success(

@@ -124,6 +124,27 @@ def probability(stack: Stack, p_values: Sequence[float], *, prior: float = 0.5) 
     return min(1.0 - least, max(least, shift(even, old=0.5, new=prior)))
 
 
+def standing(stack: Stack, clean: Rows, planted: Mapping[str, Rows]) -> tuple[list[float], dict[str, list[float]]]:
+    """Log-odds of the references themselves: of the clean ones, and by family of the backdoored ones.
+
+    Every model is ranked among the clean ones, a clean one among the others. The few weights were fitted to the same
+    models, which flatters a little.
+
+    Args:
+        stack: fitted to them.
+        clean: scores of the clean references, as in `fit`.
+        planted: by family, scores of the backdoored ones.
+    """
+    honest = np.asarray(clean, dtype=np.float64)
+
+    def odds(p: Matrix) -> list[float]:
+        found: Matrix = stack.intercept + _evidence(p) @ np.array([stack.joint, *stack.weights])
+        return [float(value) for value in found]
+
+    families = {name: np.asarray(rows, dtype=np.float64) for name, rows in planted.items() if len(rows) > 0}
+    return odds(_p(honest, honest, own=True)), {name: odds(_p(rows, honest)) for name, rows in families.items()}
+
+
 def contributions(stack: Stack, p_values: Sequence[float]) -> list[float]:
     """By how much each defense raises the log-odds, at least 0; they and the intercept sum to the log-odds.
 

@@ -150,7 +150,7 @@ def _answer(found: _Found) -> Finding:
         class_scores=excess.max(0).values,
         trigger=trigger,
         target=best[1] if trigger else None,
-        sources=(best[0],) if trigger else None,
+        sources=(best[0],) if trigger else (),
         details={
             "norms": found.norm,
             "success": found.success,
@@ -167,7 +167,8 @@ def one_way(log_norm: Tensor) -> Tensor:
         log_norm: (K, K) by source and target; the diagonal is not looked at.
 
     Returns:
-        float64 (K, K), 0 on the diagonal. A number that is added to a row or a column changes nothing.
+        float64 (K, K), 0 on the diagonal. A number that is added to a row changes nothing, one that is added to a
+        column little: where the polish ends depends on where it begins.
     """
     diagonal = torch.eye(len(log_norm), dtype=torch.bool)
     rest = log_norm.double().masked_fill(diagonal, math.nan)
