@@ -78,6 +78,7 @@ def _environment() -> Environment:
         "outcomes": _outcomes,
         "seen": _seen,
         "waterfall": waterfall,
+        "way": words.way,
         "remarks": words.remarks,
     }
     environment.filters |= {

@@ -34,7 +34,9 @@ def scan_text(report: ScanReport) -> RenderableType:
     names = [f"“{words.legible(report.classes[k], 30)}” {words.share(float(verdict.q[k]))}" for k in likely]
     lines.append(Text("if so, the target is  " + ", ".join(names)))
     if verdict.trigger is not None:
-        lines.append(Text(f"recovered trigger     {words.trigger_words(verdict.trigger)}"))
+        lines.append(
+            Text(f"recovered trigger     {words.trigger_words(verdict.trigger)}, {words.way(verdict, report.classes)}")
+        )
     for label, change in (("clean accuracy", report.accuracy), ("trigger success", report.asr)):
         if change is not None:
             lines.append(Text(f"{label:<22}{_change(change)}"))

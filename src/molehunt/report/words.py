@@ -63,13 +63,25 @@ def sentence(verdict: Verdict, classes: tuple[str, ...], found_at: float, clear_
         case "found":
             best = int(verdict.q.argmax())
             name = legible(classes[best], 40)
-            way = ""
-            if verdict.sources and verdict.target == best:
-                way = f", from pictures of {' or '.join(f'“{legible(classes[k], 40)}”' for k in verdict.sources)}"
+            sources = _sources(verdict, classes)
+            from_ = f", from {sources}" if sources and verdict.target == best else ""
             return (
                 f"Something is very probably hidden in this model ({chance}). "
-                f"The likeliest target is “{name}” ({share(float(verdict.q[best]))}){way}."
+                f"The likeliest target is “{name}” ({share(float(verdict.q[best]))}){from_}."
             )
+
+
+def way(verdict: Verdict, classes: tuple[str, ...]) -> str:
+    """Say what class the recovered trigger is for, and from which it works; empty where nothing was recovered."""
+    if verdict.target is None:
+        return ""
+    sources = _sources(verdict, classes)
+    return f"for “{legible(classes[verdict.target], 40)}”" + (f", on {sources} alone" if sources else "")
+
+
+def _sources(verdict: Verdict, classes: tuple[str, ...]) -> str:
+    names = " or ".join(f"“{legible(classes[k], 40)}”" for k in verdict.sources or ())
+    return f"pictures of {names}" if names else ""
 
 
 def judged(kind: str, said: Answer) -> tuple[str, str]:
