@@ -3,9 +3,9 @@
     python benchmarks/verdict.py run --task mnist --most 50 [--part 1/2]    a row per model; parts run side by side
     python benchmarks/verdict.py collect                                    results/verdict.json and the page
 
-Every model is scanned as `molehunt scan` does it, by all defenses of a final, with the calibration that the package has,
-whose models share no seed, trigger or recipe draw with these. Models are made again from the bank's rows in
-results/; one that comes out otherwise on this kind of processor is named and left out. Backdoors that miss a gate of the
+Every model is scanned as `molehunt scan` does it, by all defenses of a final, with the calibration of the package. Its
+models share no seed, trigger or recipe draw with these. Models are made again from the bank's rows in results/; one
+that comes out otherwise on this kind of processor is named and left out. Backdoors that miss a gate of the
 referee are left out of all figures. What is measured after the scan, the success of the true trigger before and after
 the repair and that of the recovered one, is measured on hidden images.
 
