@@ -14,9 +14,11 @@ from molehunt.triggers import Trigger, fits
 
 REPAIR_FROM = 0.2
 """Below this p the submitted weights stand: do no harm."""
-STRENGTH = ("fine_pruning", "super_fine_tuning", "fine_tuning")
-"""Repairs from the one that leaves least of a backdoor to the one that leaves most, as measured on seven planted models
-of the develop part of the mnist5k bank: median success of the trigger 4, 12 and 74 %."""
+STRENGTH = ("unlearning", "fine_pruning", "super_fine_tuning", "fine_tuning")
+"""Repairs from the one that leaves least of a backdoor to the one that leaves most, as measured on fifteen planted models
+of the develop part of the mnist5k bank: median success of the true trigger .2, 7, 22 and 75 %."""
+GONE = 0.05
+"""A recovered trigger that sends so few held-out images to its class counts as gone: clean models err too."""
 DROP = 0.05
 """Clean accuracy that a repair may cost on held-out images, as a share."""
 
@@ -76,9 +78,10 @@ def choose(
 ) -> tuple[State | None, dict[str, Any]]:
     """Choose a repair, or none, and say why.
 
-    Of those that keep the accuracy it is the one that leaves least of the recovered triggers. Where no trigger was
-    recovered the most accurate one would be the one that changed least, backdoor included: so it is the first of
-    `STRENGTH`, and after these the most accurate.
+    Of those that keep the accuracy it is the one that leaves least of the recovered triggers. What was recovered is not
+    the attacker's trigger, so among those that leave nothing of it (`GONE`), and where no trigger was recovered, the
+    most accurate one would be the one that changed least, backdoor included: it is the first of `STRENGTH`, and after
+    these the most accurate.
     """
     offers = [f for f in findings if f.repaired is not None]
     if not offers:
@@ -109,7 +112,7 @@ def choose(
             {"defense": offer.defense, "accepted": accepted, "accuracy_after": after, "residual_asr": residual}
         )
         rank = STRENGTH.index(offer.defense) if offer.defense in STRENGTH else len(STRENGTH)
-        merit = (0.0, rank, -after, offer.defense) if residual is None else (residual, 0, -after, offer.defense)
+        merit = (0.0 if residual is None or residual <= GONE else residual, rank, -after, offer.defense)
         if accepted and (best is None or merit < best):
             best, state = merit, offer.repaired
     measured = any(one.get("residual_asr") is not None for one in tried)
