@@ -414,20 +414,14 @@ def test_a_repair_is_measured_and_taken() -> None:
 
 def test_of_repairs_that_leave_nothing_of_it_the_strongest_is_taken_not_the_gentlest() -> None:
     """What was recovered is gone after a mild repair too; the attacker's own trigger is not."""
-    truth = planted(target=3)
-    state = dict(truth.suspect.model.state_dict())
-    cut = {**state, "head.weight": state["head.weight"].clone()}
-    cut["head.weight"][3, -1] = 0.0
-    worse = {**cut, "head.bias": cut["head.bias"].clone()}
-    offers = [
-        finding("neural_cleanse", 1.0, trigger=truth.trigger, target=3),
-        Finding(defense="neuron_pruning", repaired=cut),
-        Finding(defense="unlearning", repaired=worse),
-        Finding(defense="fine_tuning", repaired=state),
-    ]
-    said = verdict(offers, classes=10, prior=0.9, suspect=truth.suspect, held_out=truth.hidden)
-    assert said.details["repair"]["taken"] == "unlearning"
-    left = {row["defense"]: row["residual_asr"] for row in said.details["repair"]["tried"]}
+    answer = repairing(
+        found("neuron_pruning", repaired=linear()),
+        found("unlearning", repaired=linear()),
+        found("fine_tuning", repaired=linear(2)),
+    )
+    repair = answer.details["repair"]
+    assert repair["taken"] == "unlearning"
+    left = {row["defense"]: row["residual_asr"] for row in repair["tried"]}
     assert left["neuron_pruning"] == left["unlearning"] == 0.0
     assert left["fine_tuning"] > 0.9
 
