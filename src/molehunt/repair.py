@@ -15,8 +15,8 @@ from molehunt.triggers import Trigger, fits
 REPAIR_FROM = 0.2
 """Below this p the submitted weights stand: do no harm."""
 STRENGTH = ("unlearning", "fine_pruning", "super_fine_tuning", "fine_tuning")
-"""Repairs from the one that leaves least of a backdoor to the one that leaves most, as measured on fifteen planted models
-of the develop part of the mnist5k bank: median success of the true trigger .2, 7, 22 and 75 %."""
+"""Repairs from the one that leaves least of a backdoor to the one that leaves most, on fifteen planted models of the
+develop part of the mnist5k bank: median success of the true trigger .2, 7, 22 and 75 %."""
 GONE = 0.05
 """A recovered trigger that sends so few held-out images to its class counts as gone: clean models err too."""
 DROP = 0.05
