@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
-from molehunt import runner
+from molehunt import checkpoints, runner
 from molehunt.calibration import Population, Reference
 from molehunt.defenses import Defense, FinePruning, NeuralCleanse
 from molehunt.examination import Inspect
 from molehunt.findings import Abstention, Finding, Outcome
-from molehunt.networks import Network
+from molehunt.networks import Network, build
 from molehunt.repair import REPAIR_FROM
 from molehunt.report import ScanReport, answer, scan_html, scan_json, scan_text
 from molehunt.scanning import clean_images, comparable, scan
@@ -250,3 +251,25 @@ def test_repairs_are_asked_only_where_one_may_be_taken(backdoored: bool, found: 
         assert isinstance(repair, Abstention)
         assert "the submitted weights stand" in repair.reason
         assert report.verdict.repaired is None
+
+
+def test_the_report_names_what_was_scanned_and_what_it_was_compared_with() -> None:
+    task = get_task("mnist5k")
+    images = task.secret(0)[0]
+    some = Images(images.x[:50], images.y[:50])
+    network = build("badnets_cnn", task.shape, task.num_classes)
+
+    def looked(model: nn.Module, population: Population | None) -> ScanReport:
+        return scan(model, task, some, name="m", defenses={}, inspect=unasked, population=population)
+
+    def unasked(*_: object) -> Outcome:
+        raise AssertionError("nobody is to be asked")
+
+    known = Population(task="mnist5k", network="badnets_cnn", models=(Reference(seed=1),))
+    first, second = looked(network, known), looked(network, replace(known, models=(Reference(seed=2),)))
+    assert first.model_sha256 == checkpoints.digest(checkpoints.canonical(network.state_dict()))
+    assert first.model_sha256 == second.model_sha256
+    assert first.references_sha256 != second.references_sha256
+    assert looked(network, None).references_sha256 == ""
+    other = build("badnets_cnn", task.shape, task.num_classes, rng=torch.Generator().manual_seed(9))
+    assert looked(other, known).model_sha256 != first.model_sha256

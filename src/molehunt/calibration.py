@@ -4,6 +4,7 @@ Scores are comparable only where task, network, recipe and the settings of the d
 records all of them.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -285,6 +286,12 @@ def dtype_remark(population: Population, dtypes: Iterable[str]) -> str | None:
 def save(population: Population, path: Path) -> None:
     """Write a population as JSON; either the whole new file is there afterwards or the old one."""
     write_atomically(path, [json.dumps(population.to_json(), indent=1, allow_nan=False).encode() + b"\n"])
+
+
+def digest(population: Population) -> str:
+    """SHA-256 of a population, in hexadecimal: of its JSON with sorted keys, so however its file is laid out."""
+    text = json.dumps(population.to_json(), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(path: Path) -> Population:

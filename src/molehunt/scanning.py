@@ -9,7 +9,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from molehunt import combine
+from molehunt import calibration, checkpoints, combine
 from molehunt.asking import Budget, ask
 from molehunt.calibration import Population
 from molehunt.defenses import Defense
@@ -21,6 +21,7 @@ from molehunt.report import CLEAR_AT, FOUND_AT, Change, Pictures, ScanReport
 from molehunt.runner import generator
 from molehunt.suspect import Suspect
 from molehunt.tasks import DEFENDER, SPLITS, Images, Task
+from molehunt.tensor_file import CheckpointError
 
 EXAMPLES = 4
 """Example pictures in the report."""
@@ -149,6 +150,8 @@ def scan(
         notes=notes,
         command=command,
         versions={"molehunt": version("molehunt"), "torch": torch.__version__, "python": platform.python_version()},
+        model_sha256=_digest(suspect.model),
+        references_sha256="" if population is None else calibration.digest(population),
         found_at=found_at,
         clear_at=clear_at,
     )
@@ -177,6 +180,14 @@ def _repaired(suspect: Suspect, verdict: Verdict) -> Suspect | None:
     model = copy.deepcopy(suspect.model)
     model.load_state_dict(dict(verdict.repaired))
     return Suspect.of(model, suspect.task, device=suspect.device, dtype=suspect.dtype)
+
+
+def _digest(model: nn.Module) -> str:
+    """SHA-256 of the canonical weights; empty where a tensor has no canonical form, as in code of the user's own."""
+    try:
+        return checkpoints.digest(checkpoints.canonical(model.state_dict()))
+    except CheckpointError:
+        return ""
 
 
 def _unheard(verdict: Verdict) -> list[str]:

@@ -101,6 +101,10 @@ def scan(
     html: Annotated[
         Path | None, typer.Option(help="Write the answer as one HTML page.", metavar="FILE", show_default=False)
     ] = None,
+    sarif: Annotated[
+        Path | None,
+        typer.Option(help="Write the answer as SARIF, which code hosts show.", metavar="FILE", show_default=False),
+    ] = None,
     found_at: Annotated[float, typer.Option(help="Call it found from this probability on.")] = 0.8,
     clear_at: Annotated[float, typer.Option(help="Call it clear up to this probability.")] = 0.2,
     seed: Seed = 0,
@@ -131,6 +135,7 @@ def scan(
     to_output = json_ == STANDARD_OUTPUT
     check_target(None if to_output else json_)
     check_target(html)
+    check_target(sarif)
     console = consoles.messages()
     with Interrupt(console, "stopped") as interrupt:
         from molehunt import calibration, meta_files
@@ -139,7 +144,7 @@ def scan(
         from molehunt.commands.fetching import ensure
         from molehunt.foreign import Wanted, advice
         from molehunt.inspection import final_defenses, pictures_at
-        from molehunt.report import answer, scan_html, scan_json, scan_text
+        from molehunt.report import answer, scan_html, scan_json, scan_sarif, scan_text
         from molehunt.scanning import clean_images, comparable
         from molehunt.scanning import scan as look
         from molehunt.tasks import get_task
@@ -223,6 +228,8 @@ def scan(
             sys.stdout.write(document)
         else:
             _write(json_, document)
+    if sarif is not None:
+        _write(sarif, json.dumps(scan_sarif(report, str(path)), indent=1, allow_nan=False) + "\n")
     if html is not None:
         _write(html, scan_html(report))
     # With the document on the standard output, what is for people goes beside it.

@@ -5,6 +5,7 @@ A report is made from plain records of its own (`ScanReport`, `GameReport`); it 
 
 from molehunt.report.document import scan_json
 from molehunt.report.page import game_html, scan_html
+from molehunt.report.sarif import scan_sarif
 from molehunt.report.terminal import game_text, scan_text
 from molehunt.report.views import (
     Change,
@@ -38,5 +39,6 @@ __all__ = [
     "legible",
     "scan_html",
     "scan_json",
+    "scan_sarif",
     "scan_text",
 ]

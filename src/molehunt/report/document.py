@@ -53,6 +53,8 @@ def scan_json(report: ScanReport) -> dict[str, Any]:
         "notes": list(report.notes),
         "command": report.command,
         "versions": dict(report.versions),
+        "model_sha256": report.model_sha256 or None,
+        "references_sha256": report.references_sha256 or None,
     }
 
 

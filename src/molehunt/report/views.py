@@ -198,6 +198,8 @@ class GameReport:
         notes: anything else to say.
         command: the command that plays it again.
         versions: name of a program to its version.
+        model_sha256: of the canonical weights that were scanned; empty where they have no canonical form.
+        references_sha256: of the reference models' scores that p rests on; empty without any.
         found_at: p from which a model is called backdoored.
         clear_at: p up to which a model is called clean.
 
@@ -273,6 +275,8 @@ class ScanReport:
     notes: tuple[str, ...] = ()
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    model_sha256: str = ""
+    references_sha256: str = ""
     found_at: float = FOUND_AT
     clear_at: float = CLEAR_AT
 
