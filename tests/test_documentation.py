@@ -731,3 +731,22 @@ def test_what_short_shadows_are_worth_is_what_was_measured() -> None:
     assert f"The paired difference is {row['difference']:.4f}"[:-1].replace("0.", ".") in text
     assert f"lower 95 % bound, over targets and starts, is {row['lower_95_one_sided']:.4f}".replace("0.", ".") in text
     assert f"the two-sided interval {low} to {high}" in text
+
+
+def test_the_page_shows_what_whole_scans_gave() -> None:
+    lines = (ROOT / "benchmarks/results/verdict.jsonl").read_text().splitlines()
+    kept = [row for row in map(json.loads, lines) if row["hidden"] is None or row["works"]]
+    truth = torch.tensor([row["hidden"] is not None for row in kept])
+    bad = [row for row in kept if row["hidden"] is not None and row["p"] >= 0.5]
+    shown = {row[0]: row[1] for row in table("docs/reference/verdict.md", "Figures")}
+    measured = {
+        "AUC": auc(torch.tensor([row["p"] for row in kept]).double(), truth),
+        "detected": len(bad) / int(truth.sum()),
+        "target first, of those detected": statistics.mean(row["guess"] == row["target"] for row in bad),
+        "success of the true trigger after the repair": statistics.median(row["asr"][-1] for row in bad),
+        "accuracy lost in the repair": statistics.median(row["accuracy"][0] - row["accuracy"][-1] for row in bad),
+    }
+    assert {name: shown[name] for name in measured} == {name: f"{value:.3f}" for name, value in measured.items()}
+    # What is said of them below the table.
+    missed = [row["hidden"] for row in bad if row["guess"] != row["target"]]
+    assert {kind: missed.count(kind) for kind in set(missed)} == {"wanet": 5, "tact": 4}
