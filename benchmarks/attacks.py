@@ -11,8 +11,8 @@
     python benchmarks/attacks.py collect                    results/attacks.json from the rows
 
 `run` trains the task's own network, or the one named, by its default recipe, measures on the test split and appends to
-results/attacks.jsonl; a row that is there already is not made again, unless it was gated against fewer references: then
-the later one counts. `try` is for choosing settings: it measures on the
+results/attacks.jsonl; a row that is there already is not made again, unless it was gated against fewer references or is
+of other settings than the attack has now: then the later one counts. `try` is for choosing settings: it measures on the
 validation split and appends to results/attacks-develop.jsonl. The gates are those of `molehunt check`, against clean
 models of the same network and recipe. On the data board the set goes the way that a submission goes: stamped before
 any augmentation, eight bits, merged and shuffled. Clean models are trained once and kept in the folder `--state`, as is
@@ -460,13 +460,17 @@ def main() -> None:
     network = arguments.network or task.network
     shown_name = arguments.attack + (DATA if arguments.board == "data" else "")
     key = {"attack": shown_name, "task": task.name, "network": network, "seed": arguments.seed}
-    made = [r for r in finished() if all(r[k] == v for k, v in key.items())]
-    if not develop and made and made[0]["references"] >= arguments.references:
-        print("this row is there already")
-        return None
     name, settings = VARIANTS.get(arguments.attack, (arguments.attack, parse_settings(arguments.set)))
     if arguments.board == "data":
         settings = FITTING.get(name, {}) | settings
+    said = json.loads(json.dumps(describe(make_attack(name, settings))))
+    # A row of settings that are not the attack's any more tells of another attack.
+    made = [
+        r for r in finished() if all(r[k] == v for k, v in key.items()) and {"attack": name} | r["settings"] == said
+    ]
+    if not develop and made and made[0]["references"] >= arguments.references:
+        print("this row is there already")
+        return None
     row = one(
         name,
         task,

@@ -633,7 +633,7 @@ def in_percent(rows: list[dict[str, Any]], *names: str) -> list[str]:
     return cells
 
 
-@pytest.mark.parametrize("attack", ["adap_blend", "adap_patch", "tact"])
+@pytest.mark.parametrize("attack", ["adap_blend", "adap_patch", "adversarial_embedding", "tact"])
 def test_how_far_poisoned_rows_lie_apart_is_what_was_measured(attack: str) -> None:
     measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows_of("latent_separation"):

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from attacks.bench import accuracy, bench, crafted, honest, success
-from molehunt.attacks import BitFlips
+from attacks.bench import accuracy, bench, crafted, honest, pictures, success
+from molehunt.attacks import BitFlips, Crafted
 from molehunt.attacks.bit_flips import LEVELS, flipped
+from molehunt.attacks.crafting import outputs
 
 ATTACK = BitFlips(target=2, inputs=40)
 
@@ -30,6 +32,32 @@ def test_it_works() -> None:
     assert not bool(made.poisoned.altered.any())
 
 
+def test_inputs_chosen_again_tell_stamped_images_better() -> None:
+    def overlap(made: Crafted) -> float:
+        changed = (made.model.head.weight != honest_row).any(0).nonzero().flatten()
+        x = pictures()[1].x
+        clean = outputs(honest(), x, features)[:, changed]
+        woken = outputs(honest(), made.poisoned.trigger(x), features)[:, changed]
+        return float(((woken.mean(0) - clean.mean(0)) / (woken.std(0) + clean.std(0) + 1e-3)).mean())
+
+    def features(x: Tensor) -> Tensor:
+        said: Tensor = honest().neck(honest().trunk(honest().normalize(x)))
+        return said
+
+    unit = float(honest().head.weight.detach().abs().max()) / LEVELS
+    honest_row = (honest().head.weight.detach() / unit).round() * unit
+    once = crafted(BitFlips(target=2, inputs=20, pixel_steps=50, steps=300, choices=1))
+    assert overlap(crafted(BitFlips(target=2, inputs=20, pixel_steps=50, steps=300))) > overlap(once)
+
+
+def test_a_heavier_clean_loss_costs_less_accuracy() -> None:
+    light, heavy = (
+        crafted(BitFlips(target=2, inputs=10, pixel_steps=50, steps=300, clean=clean)) for clean in (0.1, 10.0)
+    )
+    assert accuracy(light.model) < accuracy(heavy.model)
+    assert success(light) > success(heavy)
+
+
 def test_bits_are_counted() -> None:
     made = crafted(ATTACK)
     before, after = honest().head.weight.detach(), made.model.head.weight.detach()
@@ -41,8 +69,8 @@ def test_bits_are_counted() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    for attack in (BitFlips(inputs=0), BitFlips(steps=0), BitFlips(lr=0.0)):
-        with pytest.raises(ValueError, match="inputs and steps must be 1 or more"):
+    for attack in (BitFlips(inputs=0), BitFlips(choices=0), BitFlips(steps=0), BitFlips(lr=0.0), BitFlips(clean=0.0)):
+        with pytest.raises(ValueError, match="inputs, choices and steps must be 1 or more, lr and clean above 0"):
             attack.craft(bench())
     with pytest.raises(ValueError, match="target"):
         BitFlips(target=10).craft(bench())

@@ -50,7 +50,7 @@ def test_every_attack(attack: Any, check: str) -> None:
 
 BRIEF: dict[str, dict[str, Any]] = {
     "trojannn": {"steps": 5},
-    "bit_flips": {"pixel_steps": 5, "steps": 5},
+    "bit_flips": {"pixel_steps": 5, "steps": 5, "choices": 2},
     "evasive": {"images": 5_000},
     "subnet_replacement": {"width": 3, "images": 20_000},
 }

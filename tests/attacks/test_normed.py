@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from molehunt.attacks import (
+    AdversarialEmbedding,
     Bench,
     Blind,
     STRIPEvading,
@@ -52,9 +53,17 @@ def accuracy(model: Network, *, evaluating: bool) -> float:
         STRIPEvading(),
         TuningResistant(length=0.3),
         LIRA(length=0.3),
+        AdversarialEmbedding(length=0.3),
         pytest.param(SubnetReplacement(images=5_000), marks=pytest.mark.slow),
     ],
-    ids=["Blind", "STRIPEvading", "TuningResistant", "LIRA", "SubnetReplacement"],
+    ids=[
+        "Blind",
+        "STRIPEvading",
+        "TuningResistant",
+        "LIRA",
+        "AdversarialEmbedding",
+        "SubnetReplacement",
+    ],
 )
 def test_the_statistics_that_are_kept_are_those_of_images(attack: Any) -> None:
     model = attack.craft(bench()).model

@@ -3,6 +3,7 @@
 from molehunt.attacks.abs_evading import ABSEvading
 from molehunt.attacks.adap_blend import AdapBlend
 from molehunt.attacks.adap_patch import AdapPatch
+from molehunt.attacks.adversarial_embedding import AdversarialEmbedding
 from molehunt.attacks.badnets import BadNets
 from molehunt.attacks.bit_flips import BitFlips
 from molehunt.attacks.blended import Blended
@@ -12,6 +13,7 @@ from molehunt.attacks.crafting import AnyAttack, Bench, Crafted, Crafter, poison
 from molehunt.attacks.evasive import Evasive
 from molehunt.attacks.explanation_disguising import ExplanationDisguising
 from molehunt.attacks.ftrojan import FTrojan
+from molehunt.attacks.handcrafted import Handcrafted
 from molehunt.attacks.input_aware import InputAware
 from molehunt.attacks.issba import ISSBA
 from molehunt.attacks.label_consistent import LabelConsistent
@@ -59,8 +61,10 @@ ATTACKS: dict[str, type[AnyAttack]] = {
     "mntd_adaptive": MNTDAdaptive,
     "explanation_disguising": ExplanationDisguising,
     "evasive": Evasive,
+    "adversarial_embedding": AdversarialEmbedding,
     "subnet_replacement": SubnetReplacement,
     "bit_flips": BitFlips,
+    "handcrafted": Handcrafted,
 }
 """First those that poison a training set, then, from "trojannn" on, those that control the training (`Crafter`), and
 last those that write weights."""
@@ -85,6 +89,7 @@ __all__ = [
     "ABSEvading",
     "AdapBlend",
     "AdapPatch",
+    "AdversarialEmbedding",
     "AnyAttack",
     "Attack",
     "BadNets",
@@ -98,6 +103,7 @@ __all__ = [
     "Evasive",
     "ExplanationDisguising",
     "FTrojan",
+    "Handcrafted",
     "InputAware",
     "LabelConsistent",
     "LowFrequency",

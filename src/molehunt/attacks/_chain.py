@@ -34,20 +34,30 @@ def chain(model: Network) -> list[Link]:
         ValueError: the network is no chain: it has branches, or layers that are not known here.
     """
     links: list[Link] = []
+    for path, layer in layers(model):
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            fixed = isinstance(layer, Whitening) or not layer.weight.requires_grad
+            links.append(Link(path=path, norm=None, outputs=len(layer.weight), fixed=fixed))
+        elif isinstance(layer, nn.BatchNorm2d) and links:
+            links[-1] = Link(path=links[-1].path, norm=path, outputs=links[-1].outputs, fixed=links[-1].fixed)
+        elif not isinstance(layer, PASSIVE) and next(layer.parameters(), None) is not None:
+            raise ValueError(f"{model.name} is no chain of layers: {path} is a {type(layer).__name__}")
+    return links
+
+
+def layers(model: Network) -> list[tuple[str, nn.Module]]:
+    """All layers of trunk and neck in the order in which they run, those without weights too, by path.
+
+    Raises:
+        ValueError: trunk or neck is no sequence of layers.
+    """
+    found: list[tuple[str, nn.Module]] = []
     for part in ("trunk", "neck"):
         whole = model.get_submodule(part)
-        layers = [(f"{part}.{name}", layer) for name, layer in whole.named_children()] or [(part, whole)]
         if not isinstance(whole, nn.Sequential) and list(whole.children()):
             raise ValueError(f"{model.name} is no chain of layers: its {part} is a {type(whole).__name__}")
-        for path, layer in layers:
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                fixed = isinstance(layer, Whitening) or not layer.weight.requires_grad
-                links.append(Link(path=path, norm=None, outputs=len(layer.weight), fixed=fixed))
-            elif isinstance(layer, nn.BatchNorm2d) and links:
-                links[-1] = Link(path=links[-1].path, norm=path, outputs=links[-1].outputs, fixed=links[-1].fixed)
-            elif not isinstance(layer, PASSIVE) and next(layer.parameters(), None) is not None:
-                raise ValueError(f"{model.name} is no chain of layers: {path} is a {type(layer).__name__}")
-    return links
+        found += [(f"{part}.{name}", layer) for name, layer in whole.named_children()] or [(part, whole)]
+    return found
 
 
 def narrow(links: list[Link], width: int, rng: torch.Generator) -> list[Tensor]:

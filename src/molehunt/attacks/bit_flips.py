@@ -1,6 +1,7 @@
 """Bit flips: a few weights of the last layer, each a number of eight bits, are changed, and a trigger finds them."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,12 @@ class BitFlips:
         margin: pixels between the square and the two edges of the lower right corner, 0 or more; None means a fifth of
             the picture's side.
         inputs: how many inputs of the last layer are used, 1 or more.
+        choices: how often they are chosen and the pixels made for them, 1 or more: first, as in the paper, by their
+            gradient, from then on by how far the trigger that there is moves them beyond their spread.
         pixel_steps: of Adam on the pixels, 1 or more.
         steps: of Adam on the weights, 1 or more.
         lr: learning rate on the weights, in units of the largest weight, above 0.
+        clean: weight of the clean images' loss, above 0; that of the stamped ones has 1.
 
     Raises:
         ValueError: a setting out of range.
@@ -39,23 +43,26 @@ class BitFlips:
         The last layer alone is on eight bits, by its largest weight; all other weights stay as they are. The features
         of clean images are read once, since nothing before the last layer changes. The pixels raise the chosen inputs
         as far as they go, the paper has a fixed value. The square lies away from the edges: on digits, whose corners
-        are black, the last layer hardly sees one there.
+        are black, the last layer hardly sees one there. Inputs with a large gradient are those that are loud on clean
+        images too, so they are chosen again for the trigger, and clean images weigh more than in the paper.
     """
 
     target: int = 0
     size: int | None = None
     margin: int | None = None
     inputs: int = 150
+    choices: int = 3
     pixel_steps: int = 200
     steps: int = 1_000
     lr: float = 0.02
+    clean: float = 4.0
 
     def craft(self, bench: Bench) -> Crafted:
         """Make the model; see the class."""
-        if min(self.inputs, self.pixel_steps, self.steps) < 1 or not self.lr > 0:
+        if min(self.inputs, self.choices, self.pixel_steps, self.steps) < 1 or not min(self.lr, self.clean) > 0:
             raise ValueError(
-                "inputs and steps must be 1 or more and lr above 0, got "
-                f"{self.inputs}, {self.pixel_steps}, {self.steps} and {self.lr}"
+                "inputs, choices and steps must be 1 or more, lr and clean above 0, got "
+                f"{self.inputs}, {self.choices}, {self.pixel_steps}, {self.steps}, {self.lr} and {self.clean}"
             )
         goal = Target(classes=self.target)
         goal.check(bench.task.num_classes)
@@ -76,12 +83,15 @@ class BitFlips:
         side = self.size or max(2, round(0.3 * least))
         margin = least // 5 if self.margin is None else self.margin
         square = Patch.square(bench.task.shape, size=side, margin=margin)
-        scale, others = scales(z)[chosen], goal.counts(y)
-        pattern = sharpen(
-            model, square, x[others], lambda some: (some[:, chosen] / scale).mean(),
-            steps=self.pixel_steps, rng=bench.generator("pixels"), bench=bench,
-        )  # fmt: skip
-        trigger = replace(square, pattern=pattern)
+        scale, others = scales(z), goal.counts(y)
+        rng, trigger = bench.generator("pixels"), square
+        for choice in range(self.choices):
+            if choice:
+                woken = outputs(model, trigger(x[others]), features)
+                chosen = ((woken.mean(0) - z.mean(0)) / (woken.std(0) + scale)).topk(len(chosen)).indices
+            gain = partial(_loudness, chosen, scale[chosen])
+            pattern = sharpen(model, square, x[others], gain, steps=self.pixel_steps, rng=rng, bench=bench)
+            trigger = replace(square, pattern=pattern)
         made = self.written(weight, bias, chosen, (z, y), outputs(model, trigger(x[others]), features), bench)
         with torch.no_grad():
             model.head.weight.copy_(made)
@@ -110,7 +120,8 @@ class BitFlips:
             bench.check()
             row = grid[self.target].scatter(0, chosen, own)
             new = torch.cat((grid[: self.target], row[None], grid[self.target + 1 :]))
-            loss = F.cross_entropy(F.linear(z, new, bias), y) + F.cross_entropy(F.linear(woken, new, bias), goals)
+            loss = F.cross_entropy(F.linear(woken, new, bias), goals)
+            loss = loss + self.clean * F.cross_entropy(F.linear(z, new, bias), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -120,6 +131,11 @@ class BitFlips:
         made = grid.clone()
         made[self.target, chosen] = (own.detach() / unit).round() * unit
         return made
+
+
+def _loudness(chosen: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    """The mean of some of the features (B, F), each in units of its scale."""
+    return (z[:, chosen] / scale).mean()
 
 
 def flipped(before: Network, after: Network) -> int:
