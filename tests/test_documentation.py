@@ -317,8 +317,11 @@ def test_how_fresh_models_are_judged_is_what_was_measured() -> None:
     measured = json.loads((ROOT / "benchmarks/results/calibration.json").read_text())["figures"]
     names = {
         "ABS": "abs",
+        "MNTD": "mntd",
         "Neural Cleanse": "neural_cleanse",
+        "pair inversion": "pair_inversion",
         "pruning detection": "pruning_detection",
+        "SentiNet": "sentinet",
         "STRIP": "strip",
     }
     shown = list(table("docs/reference/calibration.md", "Fresh models, judged"))

@@ -192,7 +192,7 @@ def test_a_picture_shows_how_well_probabilities_hold(
     assert not Path("held.png").exists()
     monkeypatch.setattr(scores, "population", lambda *_: calibration.shipped("mnist5k", "badnets_cnn"))
     assert main(command) == 0
-    assert "of 59 told 0.17 on average 7% are backdoored" in " ".join(capsys.readouterr().out.split())
+    assert "of 89 told 0.02 on average 2% are backdoored" in " ".join(capsys.readouterr().out.split())
     assert Path("held.png").read_bytes().startswith(b"\x89PNG")
     assert main([*command[:-1], "nowhere/held.png"]) == 3
     assert "there is no folder nowhere" in capsys.readouterr().err

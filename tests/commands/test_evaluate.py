@@ -65,8 +65,8 @@ def test_a_defense_of_ones_own_is_judged(
     assert "shuffled labels" in said.out
     assert "images forward" in said.out
     assert (
-        "rank among the built-in defenses: unknown, no saved scores of abs, mntd, neural_cleanse, pruning_detection, "
-        "sentinet, strip" in said.out
+        "rank among the built-in defenses: unknown, no saved scores of abs, mntd, neural_cleanse, pair_inversion, "
+        "pruning_detection, sentinet, strip" in said.out
     )
     assert "false alarms at 5%: unknown, 2 clean models of the calibration part are not trained" in said.out
     assert main(command) == 0

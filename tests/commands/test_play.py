@@ -77,6 +77,7 @@ def test_a_game_is_played_and_the_report_can_be_clicked(fake: type[FakeHost], tm
     assert set(asked["defenses"]) == {
         "abs",
         "neural_cleanse",
+        "pair_inversion",
         "pruning_detection",
         "mntd",
         "strip",

@@ -567,7 +567,12 @@ def test_ctrl_c_prints_what_had_been_answered(
     monkeypatch.setattr(defenses, "available", lambda: kinds)
     monkeypatch.setattr(Round, "make", lambda *_: {})
     document = tmp_path / "answer.json"
-    assert scanning(model, "--json", str(document)) == 130
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert scanning(model, "--json", str(document)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr()
     assert "stopped; this is what had been answered until then" in said.err
     assert "neural_cleanse" in said.out
