@@ -44,6 +44,7 @@ from molehunt.suspect import Suspect
 from molehunt.tasks import Images, get_task
 from molehunt.testing import auc
 from molehunt.triggers import Patch, Target
+from neural_cleanse import overlap
 from pages import put, span
 from record import Figure, append, machine, rows, spread, todo, write
 
@@ -130,8 +131,7 @@ def scanned(key: dict[str, Any], entry: bank.Entry, row: bank.Row, works: bool) 
             "weight": verdict.trigger.footprint().weight,
         }
         if isinstance(verdict.trigger, Patch) and isinstance(trigger, Patch):
-            strong, true = verdict.trigger.mask > 0.5, trigger.mask > 0
-            found["recovered"]["iou"] = float((strong & true).sum() / (strong | true).sum())
+            found["recovered"]["iou"] = overlap(verdict.trigger.mask > 0.5, trigger.mask > 0)
     return found
 
 

@@ -141,6 +141,14 @@ def test_a_defense_that_takes_too_long_by_itself_has_failed(monkeypatch: pytest.
     assert all(isinstance(outcome, Failure) for outcome in verdict.outcomes)
 
 
+def test_no_defense_gets_more_than_is_left_nor_less_than_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    budget = Budget(seconds=30.0)
+    assert (budget.limit(10.0), budget.limit(600.0)) == (10.0, 30.0)
+    clock.now += 29.75
+    assert (budget.limit(10.0), budget.limit(600.0)) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
 def test_a_budget_is_some_time(seconds: float) -> None:
     with pytest.raises(ValueError, match="positive number of seconds"):

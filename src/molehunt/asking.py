@@ -43,6 +43,10 @@ class Budget:
         """Seconds that are left, at least 0."""
         return max(0.0, self.began + self.seconds - time.monotonic())
 
+    def limit(self, seconds: float) -> float:
+        """Seconds that one defense may take, of those that it would have without a budget: a second at least."""
+        return max(1.0, min(seconds, self.left()))
+
 
 def ask(
     suspect: Suspect,

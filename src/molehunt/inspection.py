@@ -217,7 +217,7 @@ def _chosen(wanted: Mapping[str, Defense] | Sequence[str] | None) -> dict[str, D
 def _inspect(
     name: str, defense: Defense, suspect: Suspect, *, seed: int, seconds: float, budget: Budget | None
 ) -> Outcome:
-    most = seconds if budget is None else max(1.0, min(seconds, budget.left()))
+    most = seconds if budget is None else budget.limit(seconds)
     return runner.inspect(defense, suspect, name=name, seed=seed, seconds=most)
 
 

@@ -177,7 +177,7 @@ def scan(
         allowed = None if limit is None else Budget(seconds=limit)
 
         def most() -> float:
-            return seconds if allowed is None else max(1.0, min(seconds, allowed.left()))
+            return seconds if allowed is None else allowed.limit(seconds)
 
         with (
             watching(console) as watch,
