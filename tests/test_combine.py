@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from molehunt import repair
 from molehunt.calibration import Population, Reference
 from molehunt.combine import class_probabilities, verdict
 from molehunt.conformal import posterior
@@ -424,6 +425,16 @@ def test_of_repairs_that_leave_nothing_of_it_the_strongest_is_taken_not_the_gent
     left = {row["defense"]: row["residual_asr"] for row in repair["tried"]}
     assert left["neuron_pruning"] == left["unlearning"] == 0.0
     assert left["fine_tuning"] > 0.9
+
+
+@pytest.mark.parametrize(("left", "taken"), [(0.05, "unlearning"), (0.06, "neuron_pruning")])
+def test_up_to_a_twentieth_of_a_recovered_trigger_counts_as_gone(
+    left: float, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([0.0, left])  # in the order of the names
+    monkeypatch.setattr(repair, "success", lambda *_: next(rates))
+    answer = repairing(found("neuron_pruning", repaired=linear()), found("unlearning", repaired=linear()))
+    assert answer.details["repair"]["taken"] == taken
 
 
 def test_without_a_recovered_trigger_no_residual_success_is_claimed() -> None:
